@@ -1,0 +1,331 @@
+"""Frozen configuration: the model's shape, and what one request asks for.
+
+The only place that knows the field names of Hugging Face's `config.json` and `generation_config.json`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from dgemma.errors import ConfigError, RequestError
+
+LayerKind = Literal["sliding", "full"]
+_HF_KINDS: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "full"}
+_MODEL_TYPES = ("diffusion_gemma", "diffusion_gemma4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Attention shape of one layer. `kind` decides window, rotation and whether V is K."""
+
+    kind: LayerKind
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotation of one layer kind: `theta`, the share of dims that turn, and the frequency divisor."""
+
+    theta: float
+    partial: float = 1.0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a DiffusionGemma text model (spec: HF `DiffusionGemmaTextConfig`).
+
+    `num_experts = 0` selects Gemma 4's dense block, which HF's DiffusionGemma cannot build.
+    `canvas_positions > 0` adds a learned embedding of that many canvas positions (ours; absent from released
+    checkpoints, zero-initialised).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    layers: tuple[LayerConfig, ...]
+    num_experts: int
+    top_k_experts: int
+    expert_size: int
+    sliding_window: int
+    canvas_length: int = 256
+    canvas_positions: int = 0
+    max_positions: int = 131_072
+    softcap: float = 30.0
+    norm_eps: float = 1e-6
+    rope_sliding: RopeConfig = RopeConfig(theta=10_000.0)
+    rope_full: RopeConfig = RopeConfig(theta=1_000_000.0, partial=0.25)
+    pad_token: int = 0
+    eos_tokens: tuple[int, ...] = (1,)
+    bos_token: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "sliding_window", "canvas_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.layers:
+            raise ConfigError("a model needs at least one layer, got none")
+        if self.num_experts and not 1 <= self.top_k_experts <= self.num_experts:
+            raise ConfigError(f"top_k_experts must be in 1..{self.num_experts}, got {self.top_k_experts}")
+        for index, layer in enumerate(self.layers):
+            if layer.head_dim % 2 or self.num_heads % layer.num_kv_heads:
+                raise ConfigError(
+                    f"layer {index}: head_dim {layer.head_dim} must be even and num_kv_heads "
+                    f"{layer.num_kv_heads} must divide the {self.num_heads} heads"
+                )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def rope(self, kind: LayerKind) -> RopeConfig:
+        return self.rope_sliding if kind == "sliding" else self.rope_full
+
+    @staticmethod
+    def from_hf(data: Mapping[str, Any]) -> ModelConfig:
+        """Read HF's `config.json`, in both spellings of the full layers' shape.
+
+        Constructor spelling: `global_head_dim`, `num_global_key_value_heads`; saved spelling: `per_layer_config`.
+        """
+        kind = data.get("model_type")
+        if kind not in _MODEL_TYPES or "text_config" not in data:
+            raise ConfigError(f"config.json: model_type is {kind!r}; dgemma reads {' or '.join(_MODEL_TYPES)}")
+        text = dict(data["text_config"])
+        try:
+            return _model_from_text(text, data)
+        except KeyError as error:
+            raise ConfigError(f"config.json: text_config lacks {error.args[0]!r}") from None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.json: {error}") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same shape as HF `config.json` writes it (saved spelling). Our own keys carry the prefix `dgemma_`."""
+        names = {v: k for k, v in _HF_KINDS.items()}
+        sliding = next((x for x in self.layers if x.kind == "sliding"), self.layers[0])
+        text: dict[str, Any] = {
+            "model_type": "diffusion_gemma_text",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": sliding.num_kv_heads,
+            "head_dim": sliding.head_dim,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.norm_eps,
+            "pad_token_id": self.pad_token,
+            "eos_token_id": list(self.eos_tokens),
+            "bos_token_id": self.bos_token,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": self.rope_sliding.theta},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": self.rope_full.partial,
+                    "rope_theta": self.rope_full.theta,
+                    **({"factor": self.rope_full.factor} if self.rope_full.factor != 1.0 else {}),
+                },
+            },
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "sliding_window": self.sliding_window,
+            "layer_types": [names[layer.kind] for layer in self.layers],
+            "final_logit_softcapping": self.softcap,
+            "num_experts": self.num_experts or None,
+            "top_k_experts": self.top_k_experts or None,
+            "moe_intermediate_size": self.expert_size or None,
+            "per_layer_config": {
+                str(i): {"head_dim": layer.head_dim, "num_key_value_heads": layer.num_kv_heads}
+                for i, layer in enumerate(self.layers)
+                if layer.kind == "full"
+            },
+        }
+        return {
+            "model_type": _MODEL_TYPES[0],
+            "architectures": ["DiffusionGemmaForBlockDiffusion"],
+            "canvas_length": self.canvas_length,
+            "tie_word_embeddings": True,
+            "eos_token_id": list(self.eos_tokens),
+            "text_config": text,
+            **({"dgemma_canvas_positions": self.canvas_positions} if self.canvas_positions else {}),
+        }
+
+
+def _model_from_text(text: dict[str, Any], top: Mapping[str, Any]) -> ModelConfig:
+    if text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        raise ConfigError(f"hidden_activation must be 'gelu_pytorch_tanh', got {text['hidden_activation']!r}")
+    if text.get("use_bidirectional_attention") == "all":
+        raise ConfigError("use_bidirectional_attention 'all' is not a text generator; allowed: null, 'vision'")
+    count = int(text["num_hidden_layers"])
+    kinds = text.get("layer_types") or ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
+    if len(kinds) != count or any(kind not in _HF_KINDS for kind in kinds):
+        raise ConfigError(f"layer_types must name {count} layers of {sorted(_HF_KINDS)}, got {kinds}")
+    kinds = [*kinds[:-1], "full_attention"]  # the reference forces the last layer to full attention
+    kv_heads, head_dim = int(text["num_key_value_heads"]), int(text["head_dim"])
+    full_dim = int(text.get("global_head_dim") or 512)
+    full_kv = int(text.get("num_global_key_value_heads") or kv_heads)
+    overrides = text.get("per_layer_config")
+    layers = []
+    for index, name in enumerate(kinds):
+        own: Mapping[str, Any] = {}
+        if overrides is not None:
+            own = overrides.get(str(index), overrides.get(index, {}))
+        elif name == "full_attention":
+            own = {"head_dim": full_dim, "num_key_value_heads": full_kv}
+        layers.append(
+            LayerConfig(
+                kind=_HF_KINDS[name],
+                num_kv_heads=int(own.get("num_key_value_heads", kv_heads)),
+                head_dim=int(own.get("head_dim", head_dim)),
+            )
+        )
+    rope = text.get("rope_parameters") or {}
+    sliding, full = rope.get("sliding_attention") or {}, rope.get("full_attention") or {}
+    eos = top.get("eos_token_id", text.get("eos_token_id", 1))
+    return ModelConfig(
+        vocab_size=int(text["vocab_size"]),
+        hidden_size=int(text["hidden_size"]),
+        intermediate_size=int(text["intermediate_size"]),
+        num_heads=int(text["num_attention_heads"]),
+        layers=tuple(layers),
+        num_experts=int(text.get("num_experts") or 0),
+        top_k_experts=int(text.get("top_k_experts") or 0),
+        expert_size=int(text.get("moe_intermediate_size") or 0),
+        sliding_window=int(text.get("sliding_window") or 512),
+        canvas_length=int(top.get("canvas_length") or 256),
+        canvas_positions=int(top.get("dgemma_canvas_positions") or 0),
+        max_positions=int(text.get("max_position_embeddings") or 131_072),
+        softcap=float(text.get("final_logit_softcapping") or 30.0),
+        norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        rope_sliding=RopeConfig(theta=float(sliding.get("rope_theta", 1e4))),
+        rope_full=RopeConfig(
+            theta=float(full.get("rope_theta", 1e6)),
+            partial=float(full.get("partial_rotary_factor", 0.25)),
+            factor=float(full.get("factor", 1.0)),
+        ),
+        pad_token=int(text.get("pad_token_id") or 0),
+        eos_tokens=token_ids(eos),
+        bos_token=int(text.get("bos_token_id") or 2),
+    )
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """An HF token field (null, one id or a list) as a tuple."""
+    if value is None:
+        return ()
+    return tuple(int(x) for x in value) if isinstance(value, list | tuple) else (int(value),)
+
+
+Mode = Literal["diffusion", "ar"]
+Convention = Literal["hf", "jax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Everything one request may choose. The defaults are the reference's; a checkpoint overrides them.
+
+    Diffusion: step s of N (counted N..1) has temperature `t_min + (t_max - t_min) * s / N`. `temperature`, `top_k` and
+    `top_p` shape the draw only (decisions: 0 makes the draw the argmax); acceptance and stop keep the schedule.
+    `convention` is `"hf"` (stop when the argmax repeats; commit the argmax) or `"jax"` (stop when the argmax equals
+    the canvas that was read; commit the sampled and renoised canvas).
+    """
+
+    max_new_tokens: int = 256
+    max_denoising_steps: int = 48
+    t_min: float = 0.4
+    t_max: float = 0.8
+    entropy_bound: float = 0.1
+    accept_confidence: float = 0.9
+    """Only `sampler="confidence"`: accept positions whose top probability reaches this."""
+    stability_threshold: int | None = 1
+    confidence_threshold: float | None = 0.005
+    canvas_length: int | None = None
+    """Positions per canvas; None takes the checkpoint's."""
+    sampler: str = "entropy_bound"
+    convention: Convention = "hf"
+    mode: Mode = "diffusion"
+    seed: int = 0
+    choice: int = 0
+    """Which of several answers to the same prompt this is; part of the random key."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
+
+    def __post_init__(self) -> None:
+        self._whole("max_new_tokens", low=1)
+        self._whole("max_denoising_steps", low=1)
+        self._whole("seed")
+        self._whole("choice", low=0)
+        self._whole("top_k", low=0)
+        if self.canvas_length is not None:
+            self._whole("canvas_length", low=1)
+        if self.stability_threshold is not None:
+            self._whole("stability_threshold", low=0)
+        for name in ("t_min", "temperature"):
+            self._real(name, low=0.0, open_low=False)
+        for name in ("t_max", "entropy_bound"):
+            self._real(name, low=0.0)
+        if self.confidence_threshold is not None:
+            self._real("confidence_threshold", low=0.0)
+        self._real("top_p", low=0.0, high=1.0)
+        self._real("accept_confidence", low=0.0, high=1.0)
+        if self.t_max <= self.t_min:
+            raise RequestError(f"t_max must be greater than t_min ({self.t_min}), got {self.t_max}")
+        for name, allowed in (("convention", ("hf", "jax")), ("mode", ("diffusion", "ar"))):
+            if getattr(self, name) not in allowed:
+                raise RequestError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+
+    def _whole(self, name: str, low: int | None = None) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+            bound = "" if low is None else f" of at least {low}"
+            raise RequestError(f"{name} must be a whole number{bound}, got {value!r}")
+
+    def _real(self, name: str, low: float, high: float = math.inf, open_low: bool = True) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value > high or value < low or (open_low and value == low):
+            span = f"{'more than' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            raise RequestError(f"{name} must be a number {span}, got {value!r}")
+
+    def with_(self, **changes: Any) -> GenerationConfig:
+        """A copy with `changes`; an unknown name is a `RequestError` that lists the known ones."""
+        known = {field.name for field in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise RequestError(f"unknown generation parameter {name!r}; known: {', '.join(sorted(known))}")
+        return replace(self, **changes)
+
+    @staticmethod
+    def from_hf(data: Mapping[str, Any], model: ModelConfig) -> GenerationConfig:
+        """Read HF's `generation_config.json` (also the nested spelling of older MLX conversions)."""
+        flat = dict(data)
+        for nested in ("sampler_config", "linear_temperature_schedule_config", "diffusion_stopping_config"):
+            flat.update(flat.pop(nested, None) or {})
+        names = {f.name for f in fields(GenerationConfig)} - {"stop_tokens", "pad_token"}
+        chosen = {name: value for name, value in flat.items() if name in names and name not in ("temperature", "top_k", "top_p")}
+        chosen["stop_tokens"] = token_ids(flat.get("eos_token_id")) or model.eos_tokens
+        chosen["pad_token"] = int(flat.get("pad_token_id") or model.pad_token)
+        return GenerationConfig(**chosen)
+
+    def to_hf(self) -> dict[str, Any]:
+        """HF's `generation_config.json`: exactly the keys that `transformers` accepts."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "max_denoising_steps": self.max_denoising_steps,
+            "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": self.entropy_bound},
+            "t_min": self.t_min,
+            "t_max": self.t_max,
+            "stability_threshold": self.stability_threshold,
+            "confidence_threshold": self.confidence_threshold,
+            "eos_token_id": list(self.stop_tokens),
+            "pad_token_id": self.pad_token,
+        }

@@ -1,0 +1,56 @@
+"""What the outside sees of a running request: plain data, no tensors, no text.
+
+Ids are token ids. A `Draft` is a snapshot that may still change anywhere; only `Committed` tokens are final.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One denoising step of one canvas.
+
+    `tokens` is the current prediction (argmax) of the whole canvas, `canvas_tokens` what the next step will read
+    (accepted draws and fresh noise). `entropy` is in nats, per position, at the step's temperature.
+    """
+
+    request: int
+    canvas: int
+    step: int
+    max_steps: int
+    temperature: float
+    tokens: tuple[int, ...]
+    canvas_tokens: tuple[int, ...]
+    accepted: tuple[bool, ...]
+    entropy: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Tokens that are final: one canvas (trimmed at the end token and at the budget) or one autoregressive token."""
+
+    request: int
+    canvas: int
+    tokens: tuple[int, ...]
+    steps: int
+    stop: str
+    """Why denoising stopped: `"stable"` (the stop rule), `"cap"` (the step limit) or `"ar"`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a request. `reason` is `"stop"` (end token), `"length"` (budget) or `"abort"`."""
+
+    request: int
+    reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    steps: tuple[int, ...]
+    """Denoising steps of every canvas, in order; empty in autoregressive mode."""
+    encode_passes: int
+
+
+Event = Draft | Committed | Finished

@@ -1,0 +1,59 @@
+"""A table from op name to function, one row per backend; what a backend lacks falls back to `reference`.
+
+The dispatch rule: the device type of the first tensor argument picks the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from dgemma.kernels import cpu, reference
+from dgemma.kernels.reference import DRAW_BLOCK, VocabStats, rope_frequencies, rope_tables
+
+_CPU = {"linear": cpu.linear, "route": cpu.route, "experts": cpu.experts, "vocab": cpu.vocab}
+TABLE = MappingProxyType({"cpu": MappingProxyType(_CPU)})
+
+
+def find(op: str, device_type: str) -> Callable[..., Any]:
+    """The function that runs `op` on a device type."""
+    return TABLE.get(device_type, {}).get(op) or getattr(reference, op)
+
+
+def _dispatch(op: str) -> Callable[..., Any]:
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return find(op, x.device.type)(x, *args, **kwargs)
+
+    call.__name__, call.__doc__ = op, getattr(reference, op).__doc__
+    return call
+
+
+rms_norm = _dispatch("rms_norm")
+linear = _dispatch("linear")
+rope = _dispatch("rope")
+attention = _dispatch("attention")
+gelu = _dispatch("gelu")
+route = _dispatch("route")
+experts = _dispatch("experts")
+softcap = _dispatch("softcap")
+vocab = _dispatch("vocab")
+
+__all__ = [
+    "DRAW_BLOCK",
+    "VocabStats",
+    "attention",
+    "experts",
+    "find",
+    "gelu",
+    "linear",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_tables",
+    "route",
+    "softcap",
+    "vocab",
+]

@@ -1,0 +1,64 @@
+"""Counter-based randomness: a draw is a pure function of its key, on every device.
+
+A key is (seed, choice, canvas, step, position, block, stream). So an answer does not depend on who shared the batch, and
+a preempted canvas resumes exactly. The mixer is the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), chained over
+the key's words; integers wrap in int64, which torch does identically everywhere.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What a draw is for; keeps independent draws of one position apart."""
+
+    FIRST = 1
+    RENOISE = 2
+    DRAW = 3
+    AR = 4
+    CORRUPT = 5
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def hash_key(*words: Tensor | int) -> Tensor:
+    """64 mixed bits (int64) of a key; words broadcast against each other."""
+    device = next((w.device for w in words if isinstance(w, Tensor)), None)
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for word in words:
+        value = word.to(torch.int64) if isinstance(word, Tensor) else torch.tensor(_signed(word), device=device)
+        state = _mix((state ^ value) + _GOLDEN)
+    return state
+
+
+def uniform(*words: Tensor | int) -> Tensor:
+    """Float64 in [0, 1) with 53 random bits."""
+    return _shift(hash_key(*words), 11).double() * 2.0**-53
+
+
+def uniform_tokens(vocab: int, *words: Tensor | int) -> Tensor:
+    """A token id in 0..vocab-1."""
+    return (uniform(*words) * vocab).to(torch.int64)

@@ -1,0 +1,88 @@
+"""The text model: `encode` (causal, clean tokens) and `denoise` (bidirectional, a noisy canvas) on one set of weights.
+
+It knows neither masks nor caches (both live in `attend`), nor steps and temperatures, nor text.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dgemma import kernels
+from dgemma.config import LayerKind, ModelConfig
+from dgemma.model.attention import Attend
+from dgemma.model.block import Block
+from dgemma.model.layers import Embedding, GatedMLP, RMSNorm, Rotation
+
+
+class SelfConditioning(nn.Module):
+    """Adds the previous step's soft embedding to the canvas embedding; the closing norm always applies."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.pre_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, embedded: Tensor, soft: Tensor | None) -> Tensor:
+        # No signal is a zero vector, and the gated MLP of a zero vector is zero.
+        signal = embedded if soft is None else embedded + self.mlp(self.pre_norm(soft))
+        return kernels.rms_norm(signal, None, self.eps)
+
+
+class DiffusionGemma(nn.Module):
+    """Source: HF `DiffusionGemmaForBlockDiffusion` (text). Tokens may have any leading shape `[...]`.
+
+    Returned hidden states `[..., H]` are after the final norm; `logits` turns them into float32 `[..., V]`.
+    """
+
+    canvas_embed: nn.Parameter | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_conditioning = SelfConditioning(config)
+        positions = config.canvas_positions
+        self.canvas_embed = nn.Parameter(torch.zeros(positions, config.hidden_size)) if positions else None
+        dims: dict[LayerKind, int] = {layer.kind: layer.head_dim for layer in config.layers}
+        self._rotations = {kind: Rotation(config.rope(kind), dim) for kind, dim in dims.items()}
+
+    def encode(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Causal half: clean `ids [...]` at `positions [...]` -> hidden `[..., H]`. `attend` stores K and V."""
+        scalars = [block.encoder_scalar for block in self.layers]
+        return self._stack(self.embed(ids), positions, attend, scalars)
+
+    def denoise(
+        self, ids: Tensor, positions: Tensor, attend: Attend, soft: Tensor | None = None, places: Tensor | None = None
+    ) -> Tensor:
+        """Bidirectional half: canvas `ids [...]` -> hidden `[..., H]`.
+
+        `soft [..., H]` is the previous prediction's embedding as `soft_embedding` gives it; rows of zeros (or None)
+        mean no signal. `places [...]` are positions inside the canvas; only a model with `canvas_embed` needs them.
+        """
+        x = self.embed(ids)
+        if self.canvas_embed is not None:
+            assert places is not None
+            x = x + self.canvas_embed[places]
+        x = self.self_conditioning(x, None if soft is None else soft * self.embed.scale.to(soft.device))
+        scalars = [block.decoder_scalar for block in self.layers]
+        return self._stack(x, positions, attend, scalars)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped float32 logits `[..., V]` over the tied, unscaled embedding."""
+        return kernels.softcap(kernels.linear(hidden, self.embed.weight), self.config.softcap)
+
+    def soft_embedding(self, logits: Tensor) -> Tensor:
+        """Probability-weighted embedding `[..., H]` (unscaled) of `logits [..., V]`."""
+        probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(self.embed.weight.dtype)
+        return kernels.linear(probs, self.embed.weight.t())
+
+    def _stack(self, x: Tensor, positions: Tensor, attend: Attend, scalars: list[Tensor]) -> Tensor:
+        tables = {kind: rotation(positions, x.dtype) for kind, rotation in self._rotations.items()}
+        for block, layer, scalar in zip(self.layers, self.config.layers, scalars, strict=True):
+            cos, sin = tables[layer.kind]
+            x = block(x, cos, sin, attend, scalar)
+        return self.norm(x)

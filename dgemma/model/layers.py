@@ -1,0 +1,65 @@
+"""The small parts: norm, linear, embedding, gated MLP, rotation tables. Shapes `[..., H]`; no part knows masks or caches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dgemma import kernels
+from dgemma.config import RopeConfig
+
+
+class RMSNorm(nn.Module):
+    """`kernels.rms_norm` over `size` with a weight that multiplies directly."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """A bias-free `nn.Linear` whose product goes through the kernel table."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """Token embedding times sqrt(H); the factor is rounded to the weight's type (53.066 becomes 53.0 in bfloat16)."""
+
+    @property
+    def scale(self) -> Tensor:
+        return torch.tensor(self.embedding_dim**0.5).to(self.weight.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale.to(self.weight.device)
+
+
+class GatedMLP(nn.Module):
+    """`down(gelu(gate x) * up x)`."""
+
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(size, inner)
+        self.up_proj = Linear(size, inner)
+        self.down_proj = Linear(inner, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(kernels.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Rotation:
+    """cos and sin tables of one layer kind. Not a module: frequencies stay float32 when the model is cast."""
+
+    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+        self.frequencies = kernels.rope_frequencies(head_dim, config.theta, config.partial, config.factor)
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return kernels.rope_tables(positions, self.frequencies.to(positions.device), dtype)

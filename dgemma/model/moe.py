@@ -1,0 +1,37 @@
+"""Mixture of experts: the router (which reads the raw residual) and the fused expert weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dgemma import kernels
+from dgemma.config import ModelConfig
+from dgemma.model.layers import Linear
+
+
+class Router(nn.Module):
+    """Top-k of a softmax over all experts; weights renormalised, then scaled per expert. See `kernels.route`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.eps = config.top_k_experts, config.norm_eps
+        self.proj = Linear(config.hidden_size, config.num_experts)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.route(x, self.proj.weight, self.scale, self.per_expert_scale, self.top_k, self.eps)
+
+
+class Experts(nn.Module):
+    """Fused gated MLPs: `gate_up_proj [E, 2I, H]` (gate rows first), `down_proj [E, H, I]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        count, inner, size = config.num_experts, config.expert_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, size))
+        self.down_proj = nn.Parameter(torch.empty(count, size, inner))
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return kernels.experts(x, weights, ids, self.gate_up_proj, self.down_proj)
