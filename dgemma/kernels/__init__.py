@@ -5,7 +5,7 @@ The dispatch rule: the device type of the first tensor argument picks the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,13 +14,22 @@ from torch import Tensor
 from dgemma.kernels import cpu, reference
 from dgemma.kernels.reference import DRAW_BLOCK, VocabStats, rope_frequencies, rope_tables
 
-_CPU = {"linear": cpu.linear, "route": cpu.route, "experts": cpu.experts, "vocab": cpu.vocab}
-TABLE = MappingProxyType({"cpu": MappingProxyType(_CPU)})
+_CPU: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "rms_norm": cpu.rms_norm,
+        "linear": cpu.linear,
+        "route": cpu.route,
+        "experts": cpu.experts,
+        "vocab": cpu.vocab,
+    }
+)
+TABLE: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyType({"cpu": _CPU})
 
 
 def find(op: str, device_type: str) -> Callable[..., Any]:
     """The function that runs `op` on a device type."""
-    return TABLE.get(device_type, {}).get(op) or getattr(reference, op)
+    backend = TABLE.get(device_type, MappingProxyType({}))
+    return backend[op] if op in backend else getattr(reference, op)
 
 
 def _dispatch(op: str) -> Callable[..., Any]:

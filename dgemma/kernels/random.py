@@ -1,8 +1,8 @@
 """Counter-based randomness: a draw is a pure function of its key, on every device.
 
-A key is (seed, choice, canvas, step, position, block, stream). So an answer does not depend on who shared the batch, and
-a preempted canvas resumes exactly. The mixer is the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), chained over
-the key's words; integers wrap in int64, which torch does identically everywhere.
+A key is (stream, seed, choice, canvas, step, position, block). So an answer does not depend on who shared the
+batch, and a preempted canvas resumes exactly. The mixer is the finaliser of SplitMix64 (Steele et al., OOPSLA 2014),
+chained over the key's words; integers wrap in int64, which torch does identically everywhere.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ class Stream(IntEnum):
     CORRUPT = 5
 
 
+_WORD = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
 def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
+    value &= _WORD
     return value - (1 << 64) if value >> 63 else value
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -39,19 +38,31 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
+    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
     return x ^ _shift(x, 31)
+
+
+def _mix_number(x: int) -> int:
+    x = (x ^ x >> 30) * _MIX_1 & _WORD
+    x = (x ^ x >> 27) * _MIX_2 & _WORD
+    return x ^ x >> 31
 
 
 def hash_key(*words: Tensor | int) -> Tensor:
     """64 mixed bits (int64) of a key; words broadcast against each other."""
-    device = next((w.device for w in words if isinstance(w, Tensor)), None)
-    state = torch.zeros((), dtype=torch.int64, device=device)
+    state: Tensor | int = 0
     for word in words:
-        value = word.to(torch.int64) if isinstance(word, Tensor) else torch.tensor(_signed(word), device=device)
-        state = _mix((state ^ value) + _GOLDEN)
-    return state
+        if isinstance(state, int) and not isinstance(word, Tensor):
+            # Most words of a key are plain numbers: no tensor, and no copy to a device, for them.
+            state = _mix_number((state ^ word & _WORD) + _GOLDEN & _WORD)
+            continue
+        left = _signed(state) if isinstance(state, int) else state
+        right = word.to(torch.int64) if isinstance(word, Tensor) else _signed(word)
+        mixed = left ^ right
+        assert isinstance(mixed, Tensor)
+        state = _mix(mixed + _signed(_GOLDEN))
+    return torch.tensor(_signed(state)) if isinstance(state, int) else state
 
 
 def uniform(*words: Tensor | int) -> Tensor:

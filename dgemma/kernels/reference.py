@@ -156,7 +156,9 @@ def categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
     rows, vocab = logits.shape
     blocks = -(-vocab // DRAW_BLOCK)
     weights = torch.exp(logits.double() - logits.double().amax(dim=-1, keepdim=True))
-    weights = torch.nn.functional.pad(weights, (0, blocks * DRAW_BLOCK - vocab)).view(rows, blocks, DRAW_BLOCK)
+    weights = torch.nn.functional.pad(weights, (0, blocks * DRAW_BLOCK - vocab)).view(
+        rows, blocks, DRAW_BLOCK
+    )
     inner = weights.cumsum(dim=-1)
     mass = inner[..., -1]
     share = mass / mass.cumsum(dim=-1)
@@ -190,9 +192,9 @@ def vocab(
     logits = softcap(matmul(hidden, embed), cap) / temperature[:, None]
     logp = torch.log_softmax(logits, dim=-1)
     probs = logp.exp()
-    top_logprob, argmax = logp.max(dim=-1)
-    # Ties go to the lowest id, which torch's max does not promise.
-    argmax = (logp == top_logprob[:, None]).to(torch.uint8).argmax(dim=-1)
+    # Ties go to the lowest id, which torch's max does not promise; of logits, because logp merges near ones.
+    argmax = (logits == logits.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
+    top_logprob = logp.gather(1, argmax[:, None]).squeeze(1)
     entropy = -(probs * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1)
     draw = draw_tokens(logits, argmax, uniforms, draw_temperature, top_k)
     return VocabStats(
@@ -217,5 +219,7 @@ def draw_tokens(
     if temperature is None:
         return categorical(logits, uniforms)
     greedy = temperature == 0
-    draw = categorical(logits / torch.where(greedy, 1.0, temperature)[:, None], uniforms)
+    # Shifted to a top of 0 first, or a tiny temperature would overflow.
+    shifted = logits.double() - logits.double().amax(dim=-1, keepdim=True)
+    draw = categorical(shifted / torch.where(greedy, 1.0, temperature.double())[:, None], uniforms)
     return torch.where(greedy, argmax, draw)

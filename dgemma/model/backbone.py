@@ -52,11 +52,15 @@ class DiffusionGemma(nn.Module):
 
     def encode(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Causal half: clean `ids [...]` at `positions [...]` -> hidden `[..., H]`. `attend` stores K and V."""
-        scalars = [block.encoder_scalar for block in self.layers]
-        return self._stack(self.embed(ids), positions, attend, scalars)
+        return self._stack(self.embed(ids), positions, attend, "encoder_scalar")
 
     def denoise(
-        self, ids: Tensor, positions: Tensor, attend: Attend, soft: Tensor | None = None, places: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        soft: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Bidirectional half: canvas `ids [...]` -> hidden `[..., H]`.
 
@@ -68,8 +72,7 @@ class DiffusionGemma(nn.Module):
             assert places is not None
             x = x + self.canvas_embed[places]
         x = self.self_conditioning(x, None if soft is None else soft * self.embed.scale.to(soft.device))
-        scalars = [block.decoder_scalar for block in self.layers]
-        return self._stack(x, positions, attend, scalars)
+        return self._stack(x, positions, attend, "decoder_scalar")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits `[..., V]` over the tied, unscaled embedding."""
@@ -80,9 +83,9 @@ class DiffusionGemma(nn.Module):
         probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(self.embed.weight.dtype)
         return kernels.linear(probs, self.embed.weight.t())
 
-    def _stack(self, x: Tensor, positions: Tensor, attend: Attend, scalars: list[Tensor]) -> Tensor:
+    def _stack(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str) -> Tensor:
         tables = {kind: rotation(positions, x.dtype) for kind, rotation in self._rotations.items()}
-        for block, layer, scalar in zip(self.layers, self.config.layers, scalars, strict=True):
+        for block, layer in zip(self.layers, self.config.layers, strict=True):
             cos, sin = tables[layer.kind]
-            x = block(x, cos, sin, attend, scalar)
+            x = block(x, cos, sin, attend, getattr(block, scalar))
         return self.norm(x)

@@ -59,7 +59,8 @@ class Rotation:
     """cos and sin tables of one layer kind. Not a module: frequencies stay float32 when the model is cast."""
 
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
-        self.frequencies = kernels.rope_frequencies(head_dim, config.theta, config.partial, config.factor)
+        with torch.device("cpu"):  # also when the model is built on the meta device
+            self.frequencies = kernels.rope_frequencies(head_dim, config.theta, config.partial, config.factor)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return kernels.rope_tables(positions, self.frequencies.to(positions.device), dtype)

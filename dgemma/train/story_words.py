@@ -1,15 +1,27 @@
 """Word lists of the story grammar: names, kinds, colours, places, families, and when things happen.
 
-Only data. `stories.py` draws from these lists and its checker reads them back. Every kind, colour and thing starts with
-a consonant sound, so that "a" is always the right article.
-"""
+Only data. `stories.py` draws from these lists and its checker reads them back. Every kind, colour and thing
+starts with a consonant sound, so that "a" is always the right article."""
 
 BOYS = ("Ben", "Tom", "Max", "Leo", "Sam", "Jack", "Noah", "Finn", "Oscar", "Theo")
 GIRLS = ("Mia", "Lily", "Anna", "Emma", "Rose", "Sara", "Ella", "Nora", "Ruby", "Clara")
 HE_ANIMALS = ("Pip", "Bruno", "Rusty", "Toby", "Barney", "Milo", "Otto", "Hugo", "Felix", "Archie")
 SHE_ANIMALS = ("Daisy", "Hazel", "Molly", "Poppy", "Luna", "Willow", "Tilly", "Pearl", "Honey", "Bella")
 
-ANIMALS = ("rabbit", "fox", "bear", "mouse", "squirrel", "duck", "hedgehog", "kitten", "puppy", "badger", "beaver", "frog")
+ANIMALS = (
+    "rabbit",
+    "fox",
+    "bear",
+    "mouse",
+    "squirrel",
+    "duck",
+    "hedgehog",
+    "kitten",
+    "puppy",
+    "badger",
+    "beaver",
+    "frog",
+)
 COLOURS = ("red", "blue", "green", "yellow", "purple", "pink", "white", "brown", "golden", "silver")
 FAMILY = {"mother": "f", "father": "m", "grandmother": "f", "grandfather": "m", "aunt": "f", "uncle": "m"}
 
@@ -37,10 +49,43 @@ WHEN_LONG = ("One day", "One morning", "One afternoon", "One Saturday", "Early o
 WHEN_DAY = ("That day", "A little later", "Soon after that", "After lunch")
 
 PRONOUNS = {
-    "he": ("he", "she"), "him": ("him", "her"), "his": ("his", "her"), "himself": ("himself", "herself"),
-    "He": ("He", "She"), "His": ("His", "Her"),
+    "he": ("he", "she"),
+    "him": ("him", "her"),
+    "his": ("his", "her"),
+    "himself": ("himself", "herself"),
+    "He": ("He", "She"),
+    "His": ("His", "Her"),
 }
 NOT_NAMES = (
-    "He", "She", "His", "Her", "They", "It", "The", "Then", "There", "That", "This", "We", "You", "Their", "Everyone",
-    "One", "Once", "Soon", "At", "In", "And", "But", "So", "When", "After", "First", "All", "Both", "As", "From", "What",
+    "He",
+    "She",
+    "His",
+    "Her",
+    "They",
+    "It",
+    "The",
+    "Then",
+    "There",
+    "That",
+    "This",
+    "We",
+    "You",
+    "Their",
+    "Everyone",
+    "One",
+    "Once",
+    "Soon",
+    "At",
+    "In",
+    "And",
+    "But",
+    "So",
+    "When",
+    "After",
+    "First",
+    "All",
+    "Both",
+    "As",
+    "From",
+    "What",
 )

@@ -1,0 +1,104 @@
+"""Explicit masks for training: a batch of `[clean tokens | noisy blocks]`, every block in one pass.
+
+A noisy block sees itself and the clean tokens strictly before it (sliding layers: the last W-1 of them); a clean token
+sees clean tokens causally. Seeing the block's own clean tokens would leak the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgemma.config import LayerKind, ModelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One batch: B examples of L clean tokens, of which `[start_b, start_b + R)` are denoised in blocks of `width`.
+
+    `start [B]` may differ per example; `start_b + R <= L`.
+    """
+
+    start: Tensor
+    length: int
+    region: int
+    width: int
+
+    def canvas_positions(self) -> Tensor:
+        """Absolute position of every noisy token `[B, R]`."""
+        return self.start[:, None] + torch.arange(self.region)
+
+    def clean_mask(self, window: int | None) -> Tensor:
+        """`[1, L, L]`: clean query sees clean key."""
+        q, k = torch.arange(self.length)[:, None], torch.arange(self.length)
+        mask = k <= q
+        return (mask if window is None else mask & (k > q - window))[None]
+
+    def canvas_mask(self, window: int | None) -> Tensor:
+        """`[B, R, L + R]`: noisy query sees clean keys before its block, and its own block."""
+        inside = torch.arange(self.region) // self.width
+        begin = self.start[:, None, None] + (inside * self.width)[None, :, None]
+        keys = torch.arange(self.length)
+        clean = keys < begin
+        if window is not None:
+            clean = clean & (keys >= begin - (window - 1))
+        own = (inside[:, None] == inside).expand(self.start.shape[0], -1, -1)
+        return torch.cat([clean, own], dim=-1)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """`kernels.attention` for a padded batch, in q's type: `q [B, T, Q, D]`, `k, v [B, S, K, D]`, additive `bias [B, T, S]`.
+
+    Query heads of one key head are folded into the rows, so keys are never repeated; written out because its backward is
+    several times faster on a CPU in bfloat16 than the fused op's.
+    """
+    batch, rows, heads, dim = q.shape
+    groups = k.shape[2]
+    fold = (
+        q.view(batch, rows, groups, heads // groups, dim)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(batch, groups, -1, dim)
+    )
+    scores = fold @ k.permute(0, 2, 3, 1)
+    scores = scores.view(batch, groups, heads // groups, rows, -1) + bias[:, None, None]
+    weights = torch.softmax(scores, dim=-1).view(batch, groups, heads // groups * rows, -1)
+    out = (weights @ v.permute(0, 2, 1, 3)).view(batch, groups, heads // groups, rows, dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, dim)
+
+
+class BlockAttend:
+    """`Attend` of one training batch: `encode` keeps K and V (with their gradients), `denoise` reads them."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, dtype: torch.dtype) -> None:
+        self._kinds: list[LayerKind] = [layer.kind for layer in config.layers]
+        windows: dict[LayerKind, int | None] = {"full": None, "sliding": config.sliding_window}
+        used = {kind: windows[kind] for kind in self._kinds}
+        self._clean = {kind: _bias(layout.clean_mask(window), dtype) for kind, window in used.items()}
+        self._canvas = {kind: _bias(layout.canvas_mask(window), dtype) for kind, window in used.items()}
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def encode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert layer == len(self._kept)
+        self._kept.append((k, v))
+        return dense_attention(q, k, v, self._clean[self._kinds[layer]])
+
+    def denoise(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        old_k, old_v = self._kept[layer]
+        rows = slice(0, q.shape[0]) if self._rows is None else self._rows
+        k = torch.cat([old_k[rows], k], dim=1)
+        v = torch.cat([old_v[rows], v], dim=1)
+        return dense_attention(q, k, v, self._canvas[self._kinds[layer]][rows])
+
+    _rows: Tensor | None = None
+
+    def only(self, rows: Tensor) -> BlockAttend:
+        """The same memory for a subset of the examples (indices `[r]`)."""
+        part = object.__new__(BlockAttend)
+        part.__dict__.update(self.__dict__, _rows=rows)
+        return part
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
