@@ -1,10 +1,12 @@
 """Training losses of a uniform-noise diffusion language model.
 
-The official objective (spec 5.1): unweighted cross-entropy over *all* positions of a noisy canvas, corrupted or not, plus the
-encoder's next-token cross-entropy with weight 1.
+The official objective: unweighted cross-entropy over *all* positions of a noisy canvas, corrupted or not, plus the
+encoder's next-token cross-entropy with weight 1 (Google's training code for DiffusionGemma).
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,9 +29,9 @@ def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def by_noise_level(losses: Tensor, valid: Tensor, t: Tensor, edges: tuple[float, ...]) -> dict[str, float]:
-    """Mean loss per bin of the noise level `t` (same shape as `losses`); keys like `"0.25-0.50"`, empty bins left out."""
+    """Mean loss per bin of the noise level `t` (shaped as `losses`); keys like `"0.25-0.50"`, no empty bins."""
     out = {}
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         chosen = valid & (t >= low) & (t < high)
         if chosen.any():
             out[f"{low:.2f}-{high:.2f}"] = float(losses[chosen].mean())

@@ -66,7 +66,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Noise:
-    """Fresh randomness of one step: `tokens [R, C]` uniform over the vocabulary, `uniforms [R, C]` in [0, 1), float64."""
+    """Fresh randomness of a step: `tokens [R, C]` uniform over the vocabulary, `uniforms [R, C]` float64 in [0, 1)."""
 
     tokens: Tensor
     uniforms: Tensor

@@ -51,9 +51,7 @@ class StopRule:
         never = [c.stability_threshold is None or c.confidence_threshold is None for c in configs]
         confidence = [-math.inf if n else c.confidence_threshold for n, c in zip(never, configs, strict=True)]
         return StopRule(
-            stability=torch.tensor(
-                [c.stability_threshold or 0 for c in configs], dtype=torch.int64, device=device
-            ),
+            stability=torch.tensor([c.stability_threshold or 0 for c in configs], dtype=torch.int64, device=device),
             confidence=torch.tensor(confidence, dtype=torch.float32, device=device),
             jax=torch.tensor([c.convention == "jax" for c in configs], dtype=torch.bool, device=device),
         )
@@ -90,9 +88,7 @@ def stopped_hf(history: History, entropy: Tensor, rule: StopRule) -> Tensor:
     return (history.run > rule.stability) & (entropy < rule.confidence)
 
 
-def stopped_jax(
-    argmax: Tensor, canvas_read: Tensor, valid: Tensor, entropy: Tensor, rule: StopRule
-) -> Tensor:
+def stopped_jax(argmax: Tensor, canvas_read: Tensor, valid: Tensor, entropy: Tensor, rule: StopRule) -> Tensor:
     """JAX `TokenStabilityEarlyStop` and `EntropyEarlyStop`; stability thresholds above 0 are all alike."""
     same = ((argmax == canvas_read) | ~valid).all(dim=-1)
     return (same | (rule.stability == 0)) & (entropy <= rule.confidence)

@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from dgemma.kernels import cpu, reference
+from dgemma.kernels import cpu, cpu_training, reference
 from dgemma.kernels.reference import DRAW_BLOCK, VocabStats, rope_frequencies, rope_tables
 
 _CPU: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
-        "rms_norm": cpu.rms_norm,
+        "rms_norm": cpu_training.rms_norm,
         "linear": cpu.linear,
+        "attention": cpu.attention,
+        "gelu": cpu.gelu,
         "route": cpu.route,
         "experts": cpu.experts,
         "vocab": cpu.vocab,

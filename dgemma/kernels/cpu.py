@@ -1,11 +1,16 @@
-"""CPU versions of some ops: oneDNN matrix products that give every row the same bits whatever shares the batch.
+"""CPU versions of some ops that give every row the same bits, whatever shares the batch.
 
-MKL's float32 product changes a row's last bits with the number of rows; oneDNN's does not (measured for 1..2048 rows,
-float32 and bfloat16; `tests/test_kernels.py` asserts it). Gradients need the reference path.
+What breaks that in plain torch, and what stands here instead (`tests/test_kernels.py` asserts each, per op):
+* MKL's float32 product changes a row's last bits with the number of rows; oneDNN's does not.
+* GELU computes the last elements of each thread's share in another way than the rest; no share has a rest here.
+* A sum that makes one number out of many is split among threads; a single row is computed as two.
+
+Gradients take the reference path, and so does what is invariant there already (bfloat16 products).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,20 +18,22 @@ import torch
 from torch import Tensor
 
 from dgemma.kernels import reference
+from dgemma.kernels.reference import VocabStats
+
+_VECTORS = 32  # elements that torch's GELU takes in one turn (two AVX-512 vectors; fewer elsewhere)
+
+
+def _tracked(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    if x.dtype is not torch.float32 or (
-        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    ):
+    """`reference.linear` by oneDNN in float32. `weight` may be a view with any strides, such as a transpose."""
+    if x.dtype is not torch.float32 or x.numel() == 0 or _tracked(x, weight):
         return reference.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
-        return reference.linear(x, weight)
     single = rows.shape[0] == 1  # oneDNN takes another kernel for one row
-    out = torch.ops.mkldnn._linear_pointwise(
-        rows.expand(2, -1) if single else rows, weight, None, "none", [], ""
-    )
+    out = torch.ops.mkldnn._linear_pointwise(rows.expand(2, -1) if single else rows, weight, None, "none", [], "")
     return (out[:1] if single else out).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -58,6 +65,53 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return reference.rms_norm(x, weight, eps)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`reference.attention` in float32, one key head at a time, all its query heads as rows of one product.
+
+    A query's result depends neither on the other queries of the pass nor on masked keys behind its own; the fused
+    op of torch (as fast here) promises neither.
+    """
+    if q.dtype is not torch.float32 or q.dim() != 3 or _tracked(q, k, v):
+        return reference.attention(q, k, v, mask)
+    tokens, heads, dim = q.shape
+    groups = heads // k.shape[1]
+    out = []
+    for head, part in enumerate(q.split(groups, dim=1)):
+        scores = linear(part.reshape(tokens * groups, dim), k[:, head]).view(tokens, groups, -1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask.unsqueeze(1), -torch.inf)
+        out.append(linear(torch.softmax(scores, dim=-1), v[:, head].t()))
+    return torch.cat(out, dim=1)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`reference.gelu` over whole vectors only: padded where a thread's share would end with a rest."""
+    if _tracked(x):
+        return reference.gelu(x)
+    rest = -x.numel() % (_VECTORS * torch.get_num_threads())
+    if not rest:
+        return reference.gelu(x.contiguous())
+    padded = torch.nn.functional.pad(x.reshape(-1), (0, rest))
+    return reference.gelu(padded)[: x.numel()].view(x.shape)
+
+
 route = partial(reference.route, matmul=linear)
-experts = partial(reference.experts, matmul=linear)
-vocab = partial(reference.vocab, matmul=linear)
+experts = partial(reference.experts, matmul=linear, activation=gelu)
+
+
+def vocab(
+    hidden: Tensor,
+    embed: Tensor,
+    cap: float,
+    temperature: Tensor,
+    uniforms: Tensor,
+    draw_temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+) -> VocabStats:
+    """`reference.vocab` with row-invariant products and sums."""
+    run: Callable[..., VocabStats] = partial(reference.vocab, matmul=linear)
+    if hidden.shape[0] != 1:
+        return run(hidden, embed, cap, temperature, uniforms, draw_temperature, top_k)
+    twice = [None if x is None else x.expand(2, *x.shape[1:]) for x in (draw_temperature, top_k)]
+    both = run(hidden.expand(2, -1), embed, cap, temperature.expand(2), uniforms.expand(2, -1), *twice)
+    return VocabStats(**{name: value[:1] for name, value in vars(both).items()})

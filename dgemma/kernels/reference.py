@@ -100,7 +100,13 @@ def route(
 
 
 def experts(
-    x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor, matmul: Matmul = linear
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    matmul: Matmul = linear,
+    activation: Callable[[Tensor], Tensor] = gelu,
 ) -> Tensor:
     """Weighted sum of gated MLPs: `x [T, H]`, `weights, ids [T, k]`, `gate_up [E, 2I, H]` (gate rows first),
     `down [E, H, I]` -> `[T, H]`.
@@ -114,7 +120,7 @@ def experts(
     for expert, rows in enumerate(x[order // top_k].split(counts)):
         if rows.shape[0]:
             gate, up = matmul(rows, gate_up[expert]).chunk(2, dim=-1)
-            parts.append(matmul(gelu(gate) * up, down[expert]))
+            parts.append(matmul(activation(gate) * up, down[expert]))
     out = (torch.cat(parts) * weights.reshape(-1)[order].unsqueeze(-1)).to(x.dtype)
     slots = out[order.argsort()].view(tokens, top_k, -1)
     total = slots[:, 0]
@@ -156,9 +162,7 @@ def categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
     rows, vocab = logits.shape
     blocks = -(-vocab // DRAW_BLOCK)
     weights = torch.exp(logits.double() - logits.double().amax(dim=-1, keepdim=True))
-    weights = torch.nn.functional.pad(weights, (0, blocks * DRAW_BLOCK - vocab)).view(
-        rows, blocks, DRAW_BLOCK
-    )
+    weights = torch.nn.functional.pad(weights, (0, blocks * DRAW_BLOCK - vocab)).view(rows, blocks, DRAW_BLOCK)
     inner = weights.cumsum(dim=-1)
     mass = inner[..., -1]
     share = mass / mass.cumsum(dim=-1)
@@ -220,6 +224,7 @@ def draw_tokens(
         return categorical(logits, uniforms)
     greedy = temperature == 0
     # Shifted to a top of 0 first, or a tiny temperature would overflow.
-    shifted = logits.double() - logits.double().amax(dim=-1, keepdim=True)
-    draw = categorical(shifted / torch.where(greedy, 1.0, temperature.double())[:, None], uniforms)
+    wide = logits.double()
+    wide = wide - wide.amax(dim=-1, keepdim=True)
+    draw = categorical(wide / torch.where(greedy, 1.0, temperature.double())[:, None], uniforms)
     return torch.where(greedy, argmax, draw)
