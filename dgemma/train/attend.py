@@ -49,10 +49,10 @@ class Layout:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """`kernels.attention` for a padded batch, in q's type: `q [B, T, Q, D]`, `k, v [B, S, K, D]`, additive `bias [B, T, S]`.
+    """`kernels.attention` for a padded batch: `q [B, T, Q, D]`, `k, v [B, S, K, D]`, additive `bias [B, T, S]`.
 
-    Query heads of one key head are folded into the rows, so keys are never repeated; written out because its backward is
-    several times faster on a CPU in bfloat16 than the fused op's.
+    Query heads of one key head are folded into the rows, so keys are never repeated; written out because its
+    backward is several times faster on a CPU in bfloat16 than the fused op's.
     """
     batch, rows, heads, dim = q.shape
     groups = k.shape[2]

@@ -1,7 +1,7 @@
 """Token documents on disk, and batches of `[clean | noisy blocks]` made from them.
 
-A source file is an `.npz` with `ids` (uint16, all documents joined), `offsets` (int64, one more than documents) and, for chats,
-`prompt_len`. Everything is a function of (seed, step), so a resumed run sees the same batches.
+A source file is an `.npz` with `ids` (uint16, all documents joined), `offsets` (int64, one more than documents)
+and, for chats, `prompt_len`. Everything is a function of (seed, step), so a resumed run sees the same batches.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ import torch
 from dgemma.errors import DataError
 from dgemma.train.attend import Layout
 from dgemma.train.objective import Batch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Source:
         if not path.is_file():
             raise DataError(f"{path}: no such file; build it first (recipes/default/build_data.py)")
         with np.load(path) as data:
-            prompt_len = data["prompt_len"] if "prompt_len" in data else None
+            prompt_len = data.get("prompt_len")
             return Source(path.stem, data["ids"], data["offsets"], prompt_len, whole, end_token)
 
     def __len__(self) -> int:
@@ -46,13 +49,21 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Shares of the sources and of the canvas widths from `first_step` on."""
+
+    first_step: int
+    weights: Sequence[float]
+    width_weights: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Mixture:
-    """How batches are drawn: weights of the sources, weights of canvas widths, tokens per batch, longest prefix."""
+    """How batches are drawn: shares per phase, tokens per batch, longest prefix."""
 
     sources: Sequence[Source]
-    weights: Sequence[float]
     widths: Sequence[int]
-    width_weights: Sequence[float]
+    phases: Sequence[Phase]
     tokens: int
     max_prefix: int
     eos: int
@@ -62,7 +73,7 @@ class Mixture:
     def batch(self, step: int) -> Batch:
         """The batch of one micro-step: examples of one source and one width, of similar length."""
         rng, source = self._source(step)
-        width = int(rng.choice(self.widths, p=np.asarray(self.width_weights) / sum(self.width_weights)))
+        width = int(_pick(rng, self.widths, self._phase(step).width_weights))
         return self._whole(source, width, rng) if source.whole else self._windows(source, width, rng)
 
     def source_name(self, step: int) -> str:
@@ -71,9 +82,10 @@ class Mixture:
 
     def _source(self, step: int) -> tuple[np.random.Generator, Source]:
         rng = np.random.default_rng((self.seed, step))
-        return rng, self.sources[
-            rng.choice(len(self.sources), p=np.asarray(self.weights) / sum(self.weights))
-        ]
+        return rng, _pick(rng, self.sources, self._phase(step).weights)
+
+    def _phase(self, step: int) -> Phase:
+        return max((phase for phase in self.phases if phase.first_step <= step), key=lambda phase: phase.first_step)
 
     def _whole(self, source: Source, width: int, rng: np.random.Generator) -> Batch:
         pool = rng.integers(len(source), size=4 * max(1, self.tokens // 128))
@@ -128,3 +140,7 @@ class Mixture:
                 valid[row, len(tokens) : end] = True
         layout = Layout(torch.tensor([start for _, start in picked]), length, region, width)
         return Batch(torch.from_numpy(ids), torch.from_numpy(valid), layout)
+
+
+def _pick(rng: np.random.Generator, items: Sequence[T], weights: Sequence[float]) -> T:
+    return items[rng.choice(len(items), p=np.asarray(weights) / sum(weights))]

@@ -1,7 +1,7 @@
-"""The vocabulary head in training: cross-entropy without a `tokens x vocabulary` tensor that lives longer than a chunk.
+"""The vocabulary head in training: cross-entropy without a `tokens x vocabulary` tensor.
 
-The gradient of a mean cross-entropy is known as soon as the logits are, so it is taken chunk by chunk in the forward pass
-and only scaled in the backward one.
+The gradient of a mean cross-entropy is known as soon as the logits are, so it is taken chunk by chunk in the forward
+pass and only scaled in the backward one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss(model: DiffusionGemma, hidden: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over `valid` positions (nats, differentiable) and all per-position losses (not differentiable).
+    """Mean cross-entropy over `valid` positions (nats, differentiable), and the losses of all positions (not so).
 
     `hidden [..., H]`, `targets, valid [...]`; equal to `diffusion.loss.cross_entropy` of `model.logits(hidden)`.
     """

@@ -9,8 +9,10 @@ from dgemma.model import DiffusionGemma
 
 
 def new_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> DiffusionGemma:
-    """A fresh model: matrices N(0, 1/fan_in), embeddings N(0, 1/H), q/k norms D^-1/4 so that first scores have unit scale
-    (attention itself does not divide by sqrt(D)), and small closing norms so that every layer starts near the identity."""
+    """A fresh model: matrices N(0, 1/fan_in), embeddings N(0, 1/H), small closing norms (near the identity).
+
+    The q/k norms start at D^-1/4: attention does not divide by sqrt(D), so they give first scores their unit scale.
+    """
     generator = torch.Generator().manual_seed(seed)
     model = DiffusionGemma(config)
     with torch.no_grad():

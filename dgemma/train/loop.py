@@ -40,7 +40,7 @@ class LoopConfig:
 
 
 def train(model: DiffusionGemma, mixture: Mixture, config: LoopConfig, folder: Path) -> bool:
-    """Run or resume in `folder` (`state.pt`, `metrics.jsonl`). True when finished, false when interrupted (state saved).
+    """Run or resume in `folder` (`state.pt`, `metrics.jsonl`). True when finished, false when interrupted and saved.
 
     Batches, noise and signals are functions of (seed, step), so a resumed run repeats nothing and skips nothing.
     """

@@ -44,9 +44,10 @@ def official_loss(
     self_conditioning: float = 0.5,
     encoder_weight: float = 1.0,
 ) -> Losses:
-    """Spec 5.3, with every block of the region trained at once (each with its own noise level) instead of one per example.
+    """The official objective, with all blocks of the region trained at once, each at its own noise level.
 
-    A signal is given to a share `self_conditioning` of the examples: the prediction of a first pass without gradient.
+    The references train one random block per example, which has the same expected gradient. A share
+    `self_conditioning` of the examples gets a signal: the prediction of a first pass without gradient.
     """
     layout, dtype = batch.layout, model.embed.weight.dtype
     count, blocks = batch.ids.shape[0], layout.region // layout.width

@@ -28,7 +28,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 class MasterOptimizer:
     """Holds float32 copies of `named` parameters, steps them, and writes them back in the parameters' own type.
 
-    Matrices (2-D and 3-D, except the embeddings) get Muon with learning rate `lr`; everything else AdamW with `adam_lr`.
+    Matrices (2-D and 3-D, but no embeddings) get Muon with learning rate `lr`, everything else AdamW with `adam_lr`.
     """
 
     def __init__(
