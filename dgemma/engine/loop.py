@@ -1,0 +1,196 @@
+"""The engine: requests in, events out, one tick at a time. A tick is at most one encode and one denoise pass.
+
+Batching is per step: canvases at different steps, of different widths, samplers and settings share a pass,
+requests join and leave between ticks, and nobody waits for the slowest. One thread at a time may use an
+engine.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from dgemma.cache import KVCache, PrefixStore
+from dgemma.config import EngineConfig
+from dgemma.diffusion.finalise import finalise
+from dgemma.diffusion.protocol import Stats, Step
+from dgemma.engine.autoregressive import next_tokens
+from dgemma.engine.batch import CanvasBatch
+from dgemma.engine.request import Request, State, max_canvas, validate
+from dgemma.engine.runner import Counters, Runner
+from dgemma.engine.scheduler import chunk, plan_denoise, plan_encode
+from dgemma.errors import CapacityError
+from dgemma.events import Committed, Draft, Event, Finished
+from dgemma.model import DiffusionGemma
+
+_DEFAULT = EngineConfig()
+
+
+class Engine:
+    """Runs requests on one model. `add` any time; call `tick` while `has_work`."""
+
+    def __init__(self, model: DiffusionGemma, config: EngineConfig = _DEFAULT) -> None:
+        self.config, self.model_config = config, model.config
+        self.runner = Runner(model)
+        self.prefixes = PrefixStore(config.prefix_cache_tokens)
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._running: dict[int, State] = {}
+        self._next_id = 0
+        self._turn = count(1)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its id marks its events. `RequestError` if the model cannot do it, else
+        `CapacityError` if the engine is full. May be called from another thread while one ticks.
+        """
+        validate(request, self.model_config)
+        held = len(self._waiting) + len(self._running)
+        if held >= self.config.max_requests:
+            raise CapacityError(f"the engine holds {held} requests and takes at most {self.config.max_requests}")
+        self._next_id += 1
+        self._waiting.append((self._next_id, request))
+        return self._next_id
+
+    def abort(self, request: int) -> Finished | None:
+        """Drop a request between ticks, whatever it is doing. Its last event; None if it is not here."""
+        for entry in self._waiting:
+            if entry[0] == request:
+                self._waiting.remove(entry)
+                return Finished(request, "abort", len(entry[1].prompt), 0, 0, (), 0)
+        state = self._running.get(request)
+        return None if state is None else self._finish(state, "abort")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def counters(self) -> Counters:
+        """Forward passes so far."""
+        return self.runner.counters
+
+    def tick(self) -> list[Event]:
+        """Encode what is pending, then take a denoising step; the events of both in order."""
+        while self._waiting and len(self._running) < self.config.max_batch_rows:
+            self._admit(*self._waiting.popleft())
+        return [*self._encode(), *self._denoise()]
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for this model; its slack covers the widest canvas and the longest chunk."""
+        slack = max(self.config.encode_chunk, max_canvas(self.model_config))
+        return KVCache(self.model_config, self.runner.device, self.runner.dtype, slack)
+
+    def _admit(self, number: int, request: Request) -> None:
+        cache = None
+        if request.reuse:
+            # The next token's distribution comes from encoding the last one, so AR must leave it to do.
+            limit = len(request.prompt) - (request.config.mode == "ar")
+            cache = self.prefixes.take(request.prompt, limit)
+        cache = cache or self.new_cache()
+        self._running[number] = State(
+            number, request, cache, list(request.prompt), next(self._turn), cached_tokens=cache.length
+        )
+
+    def _encode(self) -> list[Event]:
+        states = plan_encode(self._running.values(), self.config)
+        if not states:
+            return []
+        jobs = []
+        for state in states:
+            state.turn = next(self._turn)
+            state.encode_passes += state.cache.length >= len(state.request.prompt)
+            start = state.cache.length
+            jobs.append((state.cache, state.ids[start : start + chunk(state, self.config)]))
+        hidden = self.runner.encode(jobs)
+        last = [rows[-1:] for state, rows in zip(states, hidden, strict=True) if _draws_next(state)]
+        return self._extend([state for state in states if _draws_next(state)], last) if last else []
+
+    def _extend(self, states: Sequence[State], last: Sequence[Tensor]) -> list[Event]:
+        """The next token of autoregressive requests from their last hidden states `[1, H]`."""
+        logits = self.runner.logits(torch.cat(list(last)))
+        tokens = next_tokens(logits, [state.config for state in states], [len(state.ids) for state in states])
+        events: list[Event] = []
+        for state, token in zip(states, tokens, strict=True):
+            events += self._commit(state, state.completion, [token], 0, "ar")
+        return events
+
+    def _denoise(self) -> list[Event]:
+        states = plan_denoise(self._running.values(), self.model_config, self.config)
+        if not states:
+            return []
+        for state in states:
+            state.turn = next(self._turn)
+            if state.canvas is None:
+                state.start_canvas(self.model_config, self.runner.device)
+        batch = CanvasBatch(states, self.model_config.vocab_size, self.runner.device)
+        jobs = [(state.cache, canvas.ids) for state, canvas in zip(states, batch.canvases, strict=True)]
+        out = self.runner.denoise(jobs, [canvas.soft for canvas in batch.canvases], batch.draws())
+        stats, steps, stable = batch.finish(out)
+        events: list[Event] = []
+        for row, state in enumerate(states):
+            if state.request.watch:
+                events.append(_draft(state, stats, steps[row], row, float(batch.temperature[row])))
+            events += self._after_step(state, stats, steps[row], row, stable[row])
+        return events
+
+    def _after_step(self, state: State, stats: Stats, step: Step, row: int, stable: bool) -> list[Event]:
+        canvas = state.canvas
+        assert canvas is not None
+        if canvas.step > 0 and not stable:
+            return []
+        taken = state.config.max_denoising_steps - canvas.step
+        # HF commits the argmax; JAX commits the sampled and renoised canvas.
+        final = step.canvas if state.config.convention == "jax" else stats.argmax[row, : canvas.width]
+        state.steps.append(taken)
+        state.canvas = None
+        return self._commit(state, canvas.index, final.tolist(), taken, "stable" if stable else "cap")
+
+    def _commit(self, state: State, canvas: int, tokens: Sequence[int], steps: int, stop: str) -> list[Event]:
+        """Make tokens final: cut at the first end token (which stays) and at the budget."""
+        kept, ended = finalise(tokens, state.config.stop_tokens)
+        if len(kept) > state.room:
+            kept, ended = kept[: state.room], False
+        state.ids.extend(kept)
+        events: list[Event] = [Committed(state.id, canvas, kept, steps, stop)]
+        if ended or not state.room:
+            events.append(self._finish(state, "stop" if ended else "length"))
+        return events
+
+    def _finish(self, state: State, reason: str) -> Finished:
+        del self._running[state.id]
+        if state.request.reuse:
+            self.prefixes.put(state.ids[: state.cache.length], state.cache)
+        return Finished(
+            request=state.id,
+            reason=reason,
+            prompt_tokens=len(state.request.prompt),
+            cached_tokens=state.cached_tokens,
+            completion_tokens=state.completion,
+            steps=tuple(state.steps),
+            encode_passes=state.encode_passes,
+        )
+
+
+def _draws_next(state: State) -> bool:
+    return state.config.mode == "ar" and not state.pending
+
+
+def _draft(state: State, stats: Stats, step: Step, row: int, temperature: float) -> Draft:
+    """The event of the step just taken; steps are counted up from 1 here, for people."""
+    canvas = state.canvas
+    assert canvas is not None
+    width, total = canvas.width, state.config.max_denoising_steps
+    return Draft(
+        request=state.id,
+        canvas=canvas.index,
+        step=total - canvas.step,
+        max_steps=total,
+        temperature=temperature,
+        tokens=tuple(stats.argmax[row, :width].tolist()),
+        canvas_tokens=tuple(step.canvas.tolist()),
+        accepted=tuple(step.accepted.tolist()),
+        entropy=tuple(stats.entropy[row, :width].tolist()),
+    )

@@ -1,0 +1,112 @@
+"""Forward passes over packed segments, and how many there were. Knows caches and tensors, no requests and no
+policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgemma import kernels
+from dgemma.cache import KVCache
+from dgemma.engine.attend import DenoiseAttend, EncodeAttend
+from dgemma.model import DiffusionGemma
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Forward passes and the tokens that went through them, since the engine began."""
+
+    encode_passes: int = 0
+    denoise_passes: int = 0
+    encoded_tokens: int = 0
+    denoised_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How each of the T canvas positions of a batch draws; see `kernels.vocab` for shapes and meaning."""
+
+    temperature: Tensor
+    uniforms: Tensor
+    draw_temperature: Tensor
+    top_k: Tensor
+
+
+class Runner:
+    """The only caller of the network. Every pass takes any number of segments of any length."""
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        self.model = model
+        self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
+        self.counters = Counters()
+
+    @torch.inference_mode()
+    def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
+        """Append each job's ids to its cache (at most `cache.slack` of them). Hidden states `[n, H]` of each
+        job.
+        """
+        counts = [len(ids) for _, ids in jobs]
+        ids = torch.tensor([token for _, part in jobs for token in part], device=self.device)
+        attend = EncodeAttend(self.model.config, [cache for cache, _ in jobs], counts)
+        hidden = self.model.encode(ids, self._positions(jobs, counts)[0], attend)
+        for (cache, _), count in zip(jobs, counts, strict=True):
+            cache.advance(count)
+        self._count(encode_passes=1, encoded_tokens=sum(counts))
+        return list(hidden.split(counts))
+
+    @torch.inference_mode()
+    def denoise(
+        self, jobs: Sequence[tuple[KVCache, Tensor]], softs: Sequence[Tensor | None], draws: Draws
+    ) -> kernels.VocabStats:
+        """One step of each job's canvas `ids [C]`; `softs` are its signals `[C, H]` or None. T rows, end to
+        end.
+        """
+        model, counts = self.model, [ids.shape[0] for _, ids in jobs]
+        positions, places = self._positions(jobs, counts)
+        hidden = model.denoise(
+            torch.cat([ids for _, ids in jobs]),
+            positions,
+            DenoiseAttend([cache for cache, _ in jobs], counts),
+            self._signal(softs, counts),
+            places,
+        )
+        self._count(denoise_passes=1, denoised_tokens=sum(counts))
+        return kernels.vocab(
+            hidden,
+            model.embed.weight,
+            model.config.softcap,
+            draws.temperature,
+            draws.uniforms,
+            draws.draw_temperature,
+            draws.top_k,
+        )
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits `[T, V]` of hidden states `[T, H]`."""
+        return self.model.logits(hidden)
+
+    def _signal(self, softs: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
+        if all(soft is None for soft in softs):
+            return None
+        size = self.model.config.hidden_size
+        # A zero vector is exactly "no signal": the conditioning MLP of zero is zero.
+        rows = [
+            torch.zeros(count, size, device=self.device, dtype=self.dtype) if soft is None else soft
+            for soft, count in zip(softs, counts, strict=True)
+        ]
+        return torch.cat(rows)
+
+    def _positions(self, jobs: Sequence[tuple[KVCache, object]], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Absolute positions, and positions inside the segment, `[T]` each."""
+        places = torch.cat([torch.arange(count, device=self.device) for count in counts])
+        starts = torch.tensor([cache.length for cache, _ in jobs], device=self.device)
+        return places + starts.repeat_interleave(torch.tensor(counts, device=self.device)), places
+
+    def _count(self, **added: int) -> None:
+        now = vars(self.counters)
+        self.counters = Counters(**{name: now[name] + added.get(name, 0) for name in now})

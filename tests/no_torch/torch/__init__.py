@@ -1,0 +1,1 @@
+raise ImportError("this torch is not to be used")
