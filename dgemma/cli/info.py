@@ -1,0 +1,230 @@
+"""What a checkpoint is: shape, size, generation settings, tokenizer, card, files. Reads no weights."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dgemma.cli.arguments import settings_of
+from dgemma.cli.output import write, write_json
+from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.errors import CheckpointError
+
+NAME = "info"
+HELP = "what a model is: shape, size, settings, files"
+_CARD_LINES = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, help="a shipped name, a folder or a hub id (default)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    facts = describe(settings_of(arguments).model)
+    if arguments.json:
+        write_json(facts)
+    elif sys.stdout.isatty():
+        _show(facts)
+    else:
+        for title, rows in _sections(facts):
+            write(f"{title}\n" + "".join(f"  {name:<24} {value}".rstrip() + "\n" for name, value in rows))
+    return 0
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Everything `info` knows of a checkpoint, as JSON has it."""
+    from dgemma.checkpoint.files import CONFIG, GENERATION, find_folder, read_json
+
+    folder, name = find_folder(model)
+    config = ModelConfig.from_hf(read_json(folder / CONFIG))
+    path = folder / GENERATION
+    generation = GenerationConfig.from_hf(read_json(path) if path.is_file() else {}, config)
+    return {
+        "name": name,
+        "folder": str(folder),
+        "shape": _shape(config),
+        "parameters": _parameters(config),
+        "weights": _weights(folder),
+        "generation": _generation(generation, config),
+        "tokenizer": _tokenizer(folder),
+        "card": _card(folder / "README.md"),
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+
+
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    kinds = {kind: [layer for layer in config.layers if layer.kind == kind] for kind in ("sliding", "full")}
+    shape: dict[str, Any] = {
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.num_heads,
+    }
+    for kind, layers in kinds.items():
+        if layers:
+            first = layers[0]
+            shape[f"{kind}_layers"] = f"{len(layers)} (KV heads {first.num_kv_heads}, head width {first.head_dim})"
+    if kinds["sliding"]:
+        shape["sliding_window"] = config.sliding_window
+    if config.num_experts:
+        shape["experts"] = f"{config.num_experts} (active {config.top_k_experts}, width {config.expert_size})"
+    else:
+        shape["experts"] = "none (dense)"
+    shape |= {
+        "vocabulary": config.vocab_size,
+        "canvas_length": config.canvas_length,
+        "context": config.max_positions,
+        "softcap": config.softcap,
+    }
+    return shape
+
+
+def _generation(generation: GenerationConfig, config: ModelConfig) -> dict[str, Any]:
+    values = asdict(generation) | {"canvas_length": generation.canvas_length or config.canvas_length}
+    return {name: value for name, value in values.items() if name != "choice"}
+
+
+def _parameters(config: ModelConfig) -> dict[str, int]:
+    """Counts of the text model. `active` is what one token touches: of the experts, those it is sent to."""
+    import torch
+
+    from dgemma.model import DiffusionGemma
+
+    with torch.device("meta"):
+        model = DiffusionGemma(config)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    total = sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    idle = experts * (config.num_experts - config.top_k_experts) // max(config.num_experts, 1)
+    embedding = sizes["embed.weight"]
+    return {
+        "total": total,
+        "active": total - idle,
+        "active_without_embedding": total - idle - embedding,
+        "embedding": embedding,
+        "experts": experts,
+    }
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    from dgemma.checkpoint.files import read_headers
+
+    try:
+        entries = read_headers(folder)
+    except CheckpointError as error:
+        return {"problem": str(error)}
+    types = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries.values()})
+    size = sum(path.stat().st_size for path in {entry.file for entry in entries.values()})
+    return {"tensors": len(entries), "dtype": ", ".join(types), "bytes": size}
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    from dgemma.text.chat import ChatTemplate
+    from dgemma.text.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.load(folder)
+        template = ChatTemplate.load(folder)
+    except CheckpointError as error:
+        return {"problem": str(error)}
+    return {
+        "vocabulary": tokenizer.vocab_size,
+        "special_tokens": len(tokenizer.special_ids),
+        "bos": tokenizer.bos,
+        "chat_template": template is not None,
+    }
+
+
+def _card(path: Path) -> str:
+    """The beginning of the model card: its first heading and what follows, without the YAML header."""
+    if not path.is_file():
+        return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
+    lines = text.splitlines()
+    nearest = next((i for i, line in enumerate(lines) if i and line.startswith("#")), len(lines))
+    return "\n".join(lines[: min(nearest, _CARD_LINES)]).strip()
+
+
+def _sections(facts: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    files = [(name, human_bytes(size)) for name, size in facts["files"].items()]
+    weights = {name: human_bytes(v) if name == "bytes" else v for name, v in facts["weights"].items()}
+    parameters = {name: f"{value:,} ({human_count(value)})" for name, value in facts["parameters"].items()}
+    sections = [
+        (f"{facts['name']} ({facts['folder']})", [(line, "") for line in facts["card"].splitlines()]),
+        ("shape", _rows(facts["shape"])),
+        ("parameters", _rows(parameters)),
+        ("weights", _rows(weights)),
+        ("generation", _rows(facts["generation"])),
+        ("tokenizer", _rows(facts["tokenizer"])),
+        ("files", files),
+    ]
+    return [(title, rows) for title, rows in sections if rows or title.startswith(facts["name"])]
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), _word(value)) for name, value in values.items()]
+
+
+def _word(value: Any) -> str:
+    match value:
+        case True | False:
+            return "yes" if value else "no"
+        case None:
+            return "none"
+        case int():
+            return f"{value:,}"
+        case tuple() | list():
+            return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _show(facts: Mapping[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from dgemma.cli.terminal import console, plain, printable
+
+    screen = console()
+
+    def line(text: str, style: str = "") -> Text:
+        return Text(plain(screen, printable(text)), style)
+
+    (title, card), *sections = _sections(facts)
+    screen.print(line(title, "bold"), soft_wrap=True)
+    for text, _ in card:
+        screen.print(line(text))
+    for title, rows in sections:
+        table = Table(box=None, show_header=False, padding=(0, 2))
+        table.add_column(style="dim", min_width=24)
+        table.add_column()
+        for name, value in rows:
+            table.add_row(line(name), line(value))
+        screen.print()
+        screen.print(line(title, "bold"))
+        screen.print(table)
+
+
+def human_bytes(size: float) -> str:
+    """`12.3 MB`, in powers of ten."""
+    return _human(size, ("B", "kB", "MB", "GB", "TB"))
+
+
+def human_count(count: float) -> str:
+    """`25.3 G`, in powers of ten."""
+    return _human(count, ("", "k", "M", "G", "T")).strip()
+
+
+def _human(value: float, units: tuple[str, ...]) -> str:
+    index = 0
+    while value >= 999.5 and index < len(units) - 1:
+        value, index = value / 1000, index + 1
+    return f"{value:.{min(index, 1)}f} {units[index]}"
