@@ -1,0 +1,1 @@
+"""Benchmarks with a peer beside us: same machine, same process, same weights, taking turns."""

@@ -1,0 +1,132 @@
+"""One timed answer of one side, and our side. Passes are counted where they happen, on both sides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dgemma.bench.machine import synchronise
+from dgemma.cache import KVCache
+from dgemma.config import GenerationConfig
+from dgemma.engine import Engine, Request, Runner
+from dgemma.events import Committed
+from dgemma.model import DiffusionGemma
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One answer, from ids to ids.
+
+    `step_seconds` are of whole denoising steps, sampler and stop rule included, without the first of each canvas:
+    that one has no self-conditioning, and starts the canvas. `later_encodes` are encode passes after the prompt's.
+    `cpu_seconds` is the process's time on all cores, which other programs disturb less than `seconds`.
+    """
+
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    prompt_seconds: float
+    step_seconds: tuple[float, ...]
+    denoise_passes: int
+    later_encodes: int
+    canvases: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """As `dgemma.api.Generation` counts: the prompt's pass only where it gives the first token (mode "ar")."""
+        return self.tokens / (self.denoise_passes + self.later_encodes + (self.denoise_passes == 0))
+
+
+class Side(Protocol):
+    """A system under measurement."""
+
+    name: str
+
+    def run(self, prompt: Sequence[int], config: GenerationConfig) -> Run:
+        """Answer one prompt, timed."""
+
+    def encode(self, prompt: Sequence[int]) -> Tensor:
+        """Hidden states `[T, H]` of the causal pass, on the CPU: shows that both sides are one model."""
+
+
+class Ours:
+    """dgemma's engine, ticked in the caller's thread, with a stopwatch on its encode passes."""
+
+    name = "dgemma"
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        self._engine = Engine(model)
+        self._runner = _TimedRunner(model)
+        self._engine.runner = self._runner
+
+    def run(self, prompt: Sequence[int], config: GenerationConfig) -> Run:
+        engine, runner = self._engine, self._runner
+        runner.passes.clear()
+        tokens, canvases, steps = 0, 0, list[float]()
+        denoised, first = engine.counters.denoise_passes, True
+        cpu, begun = time.process_time(), time.perf_counter()
+        now = begun
+        engine.add(Request(prompt=tuple(prompt), config=config))
+        while engine.has_work:
+            passes, stepped = len(runner.passes), engine.counters.denoise_passes
+            events = engine.tick()
+            before, now = now, time.perf_counter()
+            if engine.counters.denoise_passes > stepped:
+                encoding = sum(seconds for _, seconds in runner.passes[passes:])
+                if not first:
+                    steps.append(now - before - encoding)
+                first = False
+            for event in events:
+                if isinstance(event, Committed):
+                    tokens, canvases, first = tokens + len(event.tokens), canvases + 1, True
+        cpu = time.process_time() - cpu
+        prompt_passes = runner.passes_for(len(prompt))
+        denoised = engine.counters.denoise_passes - denoised
+        return Run(
+            prompt_tokens=len(prompt),
+            tokens=tokens,
+            seconds=now - begun,
+            cpu_seconds=cpu,
+            prompt_seconds=sum(seconds for _, seconds in runner.passes[:prompt_passes]),
+            step_seconds=tuple(steps),
+            denoise_passes=denoised,
+            later_encodes=len(runner.passes) - prompt_passes,
+            canvases=canvases if denoised else 0,
+        )
+
+    def encode(self, prompt: Sequence[int]) -> Tensor:
+        (hidden,) = self._runner.encode([(self._engine.new_cache(), prompt)])
+        return hidden.float().cpu()
+
+
+class _TimedRunner(Runner):
+    """Remembers tokens and seconds of every encode pass."""
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        super().__init__(model)
+        self.passes: list[tuple[int, float]] = []
+
+    def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
+        begun = time.perf_counter()
+        hidden = super().encode(jobs)
+        synchronise(self.device)
+        self.passes.append((sum(len(ids) for _, ids in jobs), time.perf_counter() - begun))
+        return hidden
+
+    def passes_for(self, tokens: int) -> int:
+        """How many of the passes it took to encode the first `tokens`."""
+        done = 0
+        for count, (size, _) in enumerate(self.passes, start=1):
+            done += size
+            if done >= tokens:
+                return count
+        return len(self.passes)
