@@ -65,7 +65,14 @@ class ModelConfig:
     bos_token: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "sliding_window", "canvas_length"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "sliding_window",
+            "canvas_length",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.layers:
@@ -163,8 +170,10 @@ def _model_from_text(text: dict[str, Any], top: Mapping[str, Any]) -> ModelConfi
     if text.get("use_bidirectional_attention") == "all":
         raise ConfigError("use_bidirectional_attention 'all' is not a text generator; allowed: null, 'vision'")
     count = int(text["num_hidden_layers"])
-    kinds = text.get("layer_types") or ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
-    if len(kinds) != count or any(kind not in _HF_KINDS for kind in kinds):
+    kinds = text.get("layer_types") or [
+        "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)
+    ]
+    if not kinds or len(kinds) != count or any(kind not in _HF_KINDS for kind in kinds):
         raise ConfigError(f"layer_types must name {count} layers of {sorted(_HF_KINDS)}, got {kinds}")
     kinds = [*kinds[:-1], "full_attention"]  # the reference forces the last layer to full attention
     kv_heads, head_dim = int(text["num_key_value_heads"]), int(text["head_dim"])
@@ -293,7 +302,9 @@ class GenerationConfig:
         value = getattr(self, name)
         good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not good or value > high or value < low or (open_low and value == low):
-            span = f"{'more than' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            span = f"{'more than' if open_low else 'at least'} {low:g}" + (
+                f" and at most {high:g}" if high < math.inf else ""
+            )
             raise RequestError(f"{name} must be a number {span}, got {value!r}")
 
     def with_(self, **changes: Any) -> GenerationConfig:
@@ -311,7 +322,11 @@ class GenerationConfig:
         for nested in ("sampler_config", "linear_temperature_schedule_config", "diffusion_stopping_config"):
             flat.update(flat.pop(nested, None) or {})
         names = {f.name for f in fields(GenerationConfig)} - {"stop_tokens", "pad_token"}
-        chosen = {name: value for name, value in flat.items() if name in names and name not in ("temperature", "top_k", "top_p")}
+        chosen = {
+            name: value
+            for name, value in flat.items()
+            if name in names and name not in ("temperature", "top_k", "top_p")
+        }
         chosen["stop_tokens"] = token_ids(flat.get("eos_token_id")) or model.eos_tokens
         chosen["pad_token"] = int(flat.get("pad_token_id") or model.pad_token)
         return GenerationConfig(**chosen)
@@ -329,3 +344,25 @@ class GenerationConfig:
             "eos_token_id": list(self.stop_tokens),
             "pad_token_id": self.pad_token,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How much an engine takes on at once. None of these changes an answer's law; `encode_chunk` changes rounding."""
+
+    max_batch_rows: int = 64
+    """Requests that advance together (and hold a cache); later ones wait in the order they came."""
+    max_batch_tokens: int = 4096
+    """Tokens in one forward pass; a single canvas or chunk that is longer still runs, alone."""
+    max_requests: int = 1024
+    """Requests held in all, waiting ones included; one more is a `CapacityError`."""
+    encode_chunk: int = 512
+    """Tokens of one request that one pass encodes; a long prompt takes several passes."""
+    prefix_cache_tokens: int = 32_768
+    """Tokens of finished conversations kept for their next turn; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, low = getattr(self, field.name), 0 if field.name == "prefix_cache_tokens" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{field.name} must be a whole number of at least {low}, got {value!r}")

@@ -1,0 +1,1 @@
+"""How good a model is: likelihood (autoregressive and diffusion), samples, an independent judge. Trains nothing."""

@@ -30,9 +30,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, config.num_heads * layer.head_dim)
         self.k_proj = Linear(config.hidden_size, layer.num_kv_heads * layer.head_dim)
         # Full layers have no v_proj: V is the raw K projection, before k_norm and rotation.
-        self.v_proj = (
-            None if layer.kind == "full" else Linear(config.hidden_size, layer.num_kv_heads * layer.head_dim)
-        )
+        self.v_proj = None if layer.kind == "full" else Linear(config.hidden_size, layer.num_kv_heads * layer.head_dim)
         self.o_proj = Linear(config.num_heads * layer.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(layer.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(layer.head_dim, config.norm_eps)

@@ -1,4 +1,4 @@
-"""The small parts: norm, linear, embedding, gated MLP, rotation tables. Shapes `[..., H]`; no part knows masks or caches."""
+"""The small parts: norm, linear, embedding, gated MLP, rotation tables. Shapes `[..., H]`; no masks, no caches."""
 
 from __future__ import annotations
 

@@ -56,11 +56,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """
     batch, rows, heads, dim = q.shape
     groups = k.shape[2]
-    fold = (
-        q.view(batch, rows, groups, heads // groups, dim)
-        .permute(0, 2, 3, 1, 4)
-        .reshape(batch, groups, -1, dim)
-    )
+    fold = q.view(batch, rows, groups, heads // groups, dim).permute(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)
     scores = fold @ k.permute(0, 2, 3, 1)
     scores = scores.view(batch, groups, heads // groups, rows, -1) + bias[:, None, None]
     weights = torch.softmax(scores, dim=-1).view(batch, groups, heads // groups * rows, -1)

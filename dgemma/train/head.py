@@ -52,9 +52,7 @@ def head_loss(model: DiffusionGemma, hidden: Tensor, targets: Tensor, valid: Ten
     """
     weights = valid.reshape(-1).float() / valid.sum().clamp(min=1)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    total, losses = _HeadLoss.apply(
-        flat, model.embed.weight, targets.reshape(-1), weights, model.config.softcap
-    )
+    total, losses = _HeadLoss.apply(flat, model.embed.weight, targets.reshape(-1), weights, model.config.softcap)
     return total, losses.view(targets.shape)
 
 

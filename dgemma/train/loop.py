@@ -71,9 +71,7 @@ def train(model: DiffusionGemma, mixture: Mixture, config: LoopConfig, folder: P
             seconds += time.monotonic() - started
             record = _record(step, losses, norm, seconds, batch.ids.shape[0], mixture.source_name(step))
             if not math.isfinite(record["canvas"]):
-                raise DataError(
-                    f"step {step}: the loss is {record['canvas']}; lower the learning rate ({config.lr})"
-                )
+                raise DataError(f"step {step}: the loss is {record['canvas']}; lower the learning rate ({config.lr})")
             log.write(json.dumps(record) + "\n")
             log.flush()
             rate = losses.t.numel() / (time.monotonic() - started)

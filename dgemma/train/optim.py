@@ -48,9 +48,7 @@ class MasterOptimizer:
         self.steps = 0
         self.masters = {name: p.detach().float().clone() for name, p in self.params.items()}
         self.first = {name: torch.zeros_like(m) for name, m in self.masters.items()}
-        self.second = {
-            name: torch.zeros_like(m) for name, m in self.masters.items() if not self._is_matrix(name)
-        }
+        self.second = {name: torch.zeros_like(m) for name, m in self.masters.items() if not self._is_matrix(name)}
 
     def _is_matrix(self, name: str) -> bool:
         return self.params[name].ndim >= 2 and "embed" not in name

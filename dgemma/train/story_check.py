@@ -150,9 +150,7 @@ class _Step:
     fault: str
 
 
-def _align(
-    plot: Plot, found: list[dict[int, tuple[tuple[str, str], ...]]]
-) -> tuple[float, tuple[_Step, ...], bool]:
+def _align(plot: Plot, found: list[dict[int, tuple[tuple[str, str], ...]]]) -> tuple[float, tuple[_Step, ...], bool]:
     """The cheapest reading of the sentences as this plot: (cost, steps, whether it reached the ending)."""
     table = _grammar().spots[plot.name]
     states: dict[tuple[int, int, int] | None, tuple[float, tuple[_Step, ...]]] = {None: (0.0, ())}
@@ -172,9 +170,7 @@ def _align(
                 if state not in fresh or total < fresh[state][0]:
                     fresh[state] = (total, (*steps, step))
         states = fresh
-    final, (cost, steps) = min(
-        states.items(), key=lambda item: item[1][0] + (not _is_end(plot, item[0])) * 0.5
-    )
+    final, (cost, steps) = min(states.items(), key=lambda item: item[1][0] + (not _is_end(plot, item[0])) * 0.5)
     return cost, steps, _is_end(plot, final)
 
 
@@ -225,12 +221,7 @@ def _mismatched(plot: Plot, facts: dict[str, str]) -> list[str]:
     """Pairs of facts that cannot be together; each is reported once, then the later fact is taken as said."""
     faults = []
     for kind, name in (("kind", "H"), ("ckind", "C")):
-        if (
-            kind in facts
-            and name in facts
-            and gender_of(facts[name])
-            and not kind_fits(facts[kind], facts[name])
-        ):
+        if kind in facts and name in facts and gender_of(facts[name]) and not kind_fits(facts[kind], facts[name]):
             faults.append(f"name {facts[name]!r} does not fit a {facts[kind]}")
             del facts[kind]
     if facts.get("gender") and facts.get("gender") == facts.get("other"):
@@ -259,8 +250,7 @@ def _read(text: str) -> tuple[list[str], list[list[str]], bool]:
             for at, step in enumerate(steps)
         ]
         faults = [
-            ([fault] if fault else []) + wrong
-            for fault, wrong in zip(placed, _conflicts(plot, steps), strict=True)
+            ([fault] if fault else []) + wrong for fault, wrong in zip(placed, _conflicts(plot, steps), strict=True)
         ]
         if best is None or sum(map(len, faults)) < sum(map(len, best[0])):
             best = (faults, ended)
@@ -273,9 +263,7 @@ def check(text: str) -> list[str]:
     if not text.strip():
         return ["the text is empty"]
     sentences, faults, ended = _read(text)
-    said = [
-        f"{fault}: {sentence}" for sentence, wrong in zip(sentences, faults, strict=True) for fault in wrong
-    ]
+    said = [f"{fault}: {sentence}" for sentence, wrong in zip(sentences, faults, strict=True) for fault in wrong]
     return said if ended else [*said, "the ending is missing"]
 
 

@@ -141,18 +141,14 @@ def _tar_documents(path: Path, name: str, wanted: str) -> Iterator[Document]:
 def read_sotu(path: Path) -> Iterator[Document]:
     """One document a speech. Stage notes such as "(Applause.)" go."""
     for item in _tar_documents(path, "sotu", r"/data/\d{4}_.*\.txt$"):
-        text = re.sub(
-            r"[—-]*[(\[]\s*(?:Applause|Laughter|Cheers)[^)\]]*[)\]][—-]*", " ", item.text, flags=re.I
-        )
+        text = re.sub(r"[—-]*[(\[]\s*(?:Applause|Laughter|Cheers)[^)\]]*[)\]][—-]*", " ", item.text, flags=re.I)
         yield Document(item.source, _paragraphs(clean(text)))
 
 
 def read_moby(path: Path) -> Iterator[Document]:
     """One document a chapter, without its heading line."""
     for item in _tar_documents(path, "moby-dick", r"/data/(?:chapter_\d+|epilogue)\.txt$"):
-        yield Document(
-            item.source, clean(re.sub(r"\A\s*(?:CHAPTER \d+\..*|EPILOGUE)\n", "", item.text, flags=re.I))
-        )
+        yield Document(item.source, clean(re.sub(r"\A\s*(?:CHAPTER \d+\..*|EPILOGUE)\n", "", item.text, flags=re.I)))
 
 
 def _deb_files(path: Path, folder: Path) -> Path:
@@ -311,9 +307,7 @@ def save_documents(path: Path, tokenizer: Tokenizer, documents: list[Document]) 
     texts = [item.text for item in documents]
     ids, offsets = encode(tokenizer, ["<bos>" + text for text in texts])
     np.savez(path.with_suffix(".npz"), ids=ids, offsets=offsets)
-    write_lines(
-        path.with_suffix(".jsonl"), ({"source": item.source, "text": item.text} for item in documents)
-    )
+    write_lines(path.with_suffix(".jsonl"), ({"source": item.source, "text": item.text} for item in documents))
     return path.name, texts, np.diff(offsets)
 
 

@@ -1,0 +1,155 @@
+"""A checkpoint folder to a model: strict, streaming, and without a second copy of the weights.
+
+The model is built without storage, every name, shape and type is checked against the headers, and only then
+are the tensors put in place one by one. With the stored type on the CPU they stay views of the mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dgemma.checkpoint.files import (
+    CONFIG,
+    GENERATION,
+    Entry,
+    find_folder,
+    open_tensors,
+    read_headers,
+    read_json,
+)
+from dgemma.checkpoint.names import hf_name, is_skipped, our_name
+from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.errors import CheckpointError, ConfigError, RequestError
+from dgemma.model import DiffusionGemma
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model with what its folder says about it.
+
+    `name` is the hub id, the shipped name or the folder's. `skipped` lists stored tensors of parts that are
+    not built yet (the vision tower).
+    """
+
+    model: DiffusionGemma
+    config: ModelConfig
+    generation: GenerationConfig
+    folder: Path
+    name: str
+    skipped: tuple[str, ...] = ()
+
+
+def load_checkpoint(
+    path_or_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """Load a folder in HF's format, a hub id, or a shipped model by name.
+
+    `dtype` None keeps the stored type. Peak memory is the weights plus one tensor. A missing, unknown or
+    wrong-shaped tensor, tied tensors that differ, and any broken file are a `CheckpointError`.
+    """
+    folder, name = find_folder(path_or_id)
+    raw = read_json(folder / CONFIG)
+    try:
+        config = ModelConfig.from_hf(raw)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
+    generation = _generation(folder, raw, config)
+    entries = read_headers(folder)
+    with torch.device("meta"):
+        model = DiffusionGemma(config)
+    sources, skipped = _match(entries, model.state_dict(), folder)
+    if dtype is None:
+        dtype = _stored_dtype(entries[source] for names in sources.values() for source in names)
+    _fill(model, entries, sources, torch.device(device), dtype)
+    return Checkpoint(model.eval(), config, generation, folder, name, skipped)
+
+
+def _generation(folder: Path, raw: Mapping[str, object], config: ModelConfig) -> GenerationConfig:
+    path, nested = folder / GENERATION, raw.get("generation_config")
+    # Older MLX conversions keep the generation settings inside config.json.
+    data = read_json(path) if path.exists() else nested if isinstance(nested, dict) else {}
+    try:
+        # HF writes null for "not set", which falls back to the defaults; it never means "off" in a file.
+        return GenerationConfig.from_hf({k: v for k, v in data.items() if v is not None}, config)
+    except (RequestError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _match(
+    entries: Mapping[str, Entry], wanted: Mapping[str, Tensor], folder: Path
+) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """Our name -> stored names (several when tied tensors were written twice), and what is skipped."""
+    sources: dict[str, list[str]] = {}
+    skipped = []
+    for stored, entry in entries.items():
+        ours = our_name(stored)
+        if is_skipped(stored):
+            skipped.append(stored)
+        elif ours is None or ours not in wanted:
+            raise CheckpointError(f"tensor {stored!r} of {entry.file} has no place in the model of {CONFIG}")
+        elif entry.shape != tuple(wanted[ours].shape):
+            raise CheckpointError(
+                f"tensor {stored!r} of {entry.file} has shape {list(entry.shape)}, "
+                f"{CONFIG} asks for {list(wanted[ours].shape)}"
+            )
+        else:
+            sources.setdefault(ours, []).append(stored)
+    missing = [hf_name(ours) for ours in wanted if ours not in sources]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"tensor {missing[0]!r}{more} missing in {folder}")
+    return sources, tuple(sorted(skipped))
+
+
+def _stored_dtype(entries: Iterable[Entry]) -> torch.dtype:
+    dtypes = {entry.dtype for entry in entries}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise CheckpointError(f"the tensors are stored in several types ({names}); choose one with dtype=")
+    return dtypes.pop()
+
+
+def _fill(
+    model: DiffusionGemma,
+    entries: Mapping[str, Entry],
+    sources: Mapping[str, list[str]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    places = {stored: ours for ours, names in sources.items() for stored in names}
+    filled: dict[str, str] = {}
+    for stored, tensor in _read(entries, places, device, dtype):
+        ours = places[stored]
+        module_name, _, leaf = ours.rpartition(".")
+        module = model.get_submodule(module_name)
+        if ours in filled:
+            if not torch.equal(getattr(module, leaf), tensor):
+                raise CheckpointError(
+                    f"tensors {filled[ours]!r} and {stored!r} differ, but the model ties them into one"
+                )
+            continue
+        filled[ours] = stored
+        setattr(module, leaf, nn.Parameter(tensor) if leaf in module._parameters else tensor)
+
+
+def _read(
+    entries: Mapping[str, Entry], names: Iterable[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors one by one, file by file, in the wanted type and place."""
+    ordered = sorted(names, key=lambda name: (entries[name].file, name))
+    for file, group in groupby(ordered, lambda name: entries[name].file):
+        handle = open_tensors(file)
+        for name in group:
+            stored = handle.get_tensor(name)
+            tensor = stored.to(device=device, dtype=dtype)
+            if tensor is not stored:
+                # A copy was made: closing the mapping gives the pages back, so that they do not add up.
+                del stored
+                handle = open_tensors(file)
+            yield name, tensor
