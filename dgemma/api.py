@@ -101,8 +101,8 @@ class LLM:
         """Load a shipped model by name, a folder, or a hub id.
 
         `device` "auto" is a CUDA GPU if there is one, else the CPU. `dtype` "auto" is bfloat16 on a GPU. On a
-        CPU it is float32, in which a batch gives every prompt the very answer it gets alone, unless that
-        would take a stored model beyond 1 GB: then it stays as stored. `threads` sets torch's CPU threads for
+        CPU it is float32, in which a batch gives every prompt the very answer it gets alone, unless the
+        stored weights exceed 1 GB: then they stay as they are. `threads` sets torch's CPU threads for
         the whole process.
         """
         if threads is not None:

@@ -117,6 +117,9 @@ def test_roll_back_reaches_exactly_the_slack() -> None:
     assert not cache.can_truncate(55)
     with pytest.raises(AssertionError):
         cache.truncate(55)
+    lists.marks = lists.marks[:56]
+    append(cache, lists, 1)
+    assert cache.can_truncate(56) and not cache.can_truncate(55)  # what was overwritten does not come back
 
 
 def test_a_short_cache_rolls_back_to_nothing() -> None:

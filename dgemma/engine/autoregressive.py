@@ -1,6 +1,4 @@
-"""`mode="ar"`: the encoder as an ordinary language model, one token per pass. The last hidden state gives the
-next token.
-"""
+"""`mode="ar"`: the encoder as an ordinary language model; the last hidden state gives the next token."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ def next_tokens(logits: Tensor, configs: Sequence[GenerationConfig], positions: 
 
 
 def _shape(logits: Tensor, config: GenerationConfig) -> Tensor:
-    """`logits [V]` with what top_k and top_p exclude at minus infinity; equal logits share their fate in
-    top_k.
-    """
+    """`logits [V]` with what top_k and top_p exclude at minus infinity; top_k keeps what equals its last."""
     if config.temperature == 0:
         return logits
     if 0 < config.top_k < logits.shape[0]:

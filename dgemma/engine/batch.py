@@ -1,5 +1,6 @@
-"""Canvases of different requests, steps and widths as tensors, and back: packed `[T]` for the network, padded
-`[R, C]` for samplers and stop rules. Knows no cache and no network.
+"""Canvases of any requests, steps and widths as one batch. Knows no cache and no network.
+
+Packed end to end `[T]` for the network, padded `[R, C]` for samplers and stop rules, and back.
 """
 
 from __future__ import annotations
@@ -53,8 +54,7 @@ class CanvasBatch:
         )
 
     def finish(self, out: kernels.VocabStats) -> tuple[Stats, list[Step], list[bool]]:
-        """Sampler and stop rule after the pass: the padded stats, each canvas's step `[C]`, and which are
-        stable.
+        """Sampler and stop rule after the pass: the padded stats, each canvas's step `[C]`, and which are stable.
 
         The canvases move on: next ids, signal, history and step.
         """

@@ -1,8 +1,7 @@
 """The engine: requests in, events out, one tick at a time. A tick is at most one encode and one denoise pass.
 
 Batching is per step: canvases at different steps, of different widths, samplers and settings share a pass,
-requests join and leave between ticks, and nobody waits for the slowest. One thread at a time may use an
-engine.
+requests join and leave between ticks, and nobody waits for the slowest. One thread at a time may tick.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ class Canvas:
 
 @dataclass
 class State:
-    """A request in the engine. `ids` are prompt and committed tokens; the cache holds the first
-    `cache.length` of them.
-    """
+    """A request in the engine. `ids` are prompt and committed tokens; the cache holds the first of them."""
 
     id: int
     request: Request

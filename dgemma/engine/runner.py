@@ -1,6 +1,4 @@
-"""Forward passes over packed segments, and how many there were. Knows caches and tensors, no requests and no
-policy.
-"""
+"""Forward passes over packed segments, and how many there were. Knows caches and tensors, no requests."""
 
 from __future__ import annotations
 
@@ -46,9 +44,7 @@ class Runner:
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
-        """Append each job's ids to its cache (at most `cache.slack` of them). Hidden states `[n, H]` of each
-        job.
-        """
+        """Append each job's ids (at most `cache.slack` of them) to its cache; hidden states `[n, H]` of each job."""
         counts = [len(ids) for _, ids in jobs]
         ids = torch.tensor([token for _, part in jobs for token in part], device=self.device)
         attend = EncodeAttend(self.model.config, [cache for cache, _ in jobs], counts)
@@ -62,9 +58,7 @@ class Runner:
     def denoise(
         self, jobs: Sequence[tuple[KVCache, Tensor]], softs: Sequence[Tensor | None], draws: Draws
     ) -> kernels.VocabStats:
-        """One step of each job's canvas `ids [C]`; `softs` are its signals `[C, H]` or None. T rows, end to
-        end.
-        """
+        """One step of each job's canvas `ids [C]`; `softs` are its signals `[C, H]` or None. T rows, end to end."""
         model, counts = self.model, [ids.shape[0] for _, ids in jobs]
         positions, places = self._positions(jobs, counts)
         hidden = model.denoise(

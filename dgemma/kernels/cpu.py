@@ -27,9 +27,12 @@ def _tracked(*tensors: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`reference.linear` by oneDNN in float32. `weight` may be a view with any strides, such as a transpose."""
+    """`reference.linear` by oneDNN in float32. A transposed `weight` costs no copy."""
     if x.dtype is not torch.float32 or x.numel() == 0 or _tracked(x, weight):
         return reference.linear(x, weight)
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        # oneDNN falls to a path a thousand times slower on rows with gaps between them.
+        weight = weight.contiguous()
     rows = x.reshape(-1, x.shape[-1])
     single = rows.shape[0] == 1  # oneDNN takes another kernel for one row
     out = torch.ops.mkldnn._linear_pointwise(rows.expand(2, -1) if single else rows, weight, None, "none", [], "")
@@ -47,12 +50,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     tokens, heads, dim = q.shape
     groups = heads // k.shape[1]
     out = []
-    # Contiguous first: oneDNN falls to a path a thousand times slower on rows with gaps between them.
+    hidden = None if mask is None else ~mask.unsqueeze(1)
     keys, values = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
     for head, part in enumerate(q.split(groups, dim=1)):
         scores = linear(part.reshape(tokens * groups, dim), keys[head]).view(tokens, groups, -1)
-        if mask is not None:
-            scores = scores.masked_fill(~mask.unsqueeze(1), -torch.inf)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -torch.inf)
         out.append(linear(torch.softmax(scores, dim=-1), values[head].t()))
     return torch.cat(out, dim=1)
 
