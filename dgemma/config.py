@@ -37,7 +37,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a DiffusionGemma text model (spec: HF `DiffusionGemmaTextConfig`).
+    """Shape of a DiffusionGemma text model (source: HF `DiffusionGemmaTextConfig`).
 
     `num_experts = 0` selects Gemma 4's dense block, which HF's DiffusionGemma cannot build.
     `canvas_positions > 0` adds a learned embedding of that many canvas positions (ours; absent from released
@@ -240,7 +240,7 @@ class GenerationConfig:
     """Everything one request may choose. The defaults are the reference's; a checkpoint overrides them.
 
     Diffusion: step s of N (counted N..1) has temperature `t_min + (t_max - t_min) * s / N`. `temperature`, `top_k` and
-    `top_p` shape the draw only (decisions: 0 makes the draw the argmax); acceptance and stop keep the schedule.
+    `top_p` shape the draw only (0 makes the draw the argmax); acceptance and stop keep the schedule.
     `convention` is `"hf"` (stop when the argmax repeats; commit the argmax) or `"jax"` (stop when the argmax equals
     the canvas that was read; commit the sampled and renoised canvas).
     """

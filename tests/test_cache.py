@@ -220,12 +220,14 @@ def test_take_gives_the_longest_beginning_and_a_copy() -> None:
     store = PrefixStore(100)
     for ids in ([1, 2], [1, 2, 3, 4], [9, 2, 3]):
         store.put(ids, filled(ids))
-    for _ in range(2):
-        found = store.take([1, 2, 3, 4, 5], limit=5)
-        assert found is not None and read(found.prefix(1)) == [1, 2, 3, 4]
-        for layer in range(4):
-            found.append(layer, *keys(tiny_config(), layer, [77]))
-        found.advance(1)
+    first = store.take([1, 2, 3, 4, 5], limit=5)
+    assert first is not None and read(first.prefix(1)) == [1, 2, 3, 4]
+    for layer in range(4):
+        first.append(layer, *keys(tiny_config(), layer, [77]))
+    first.advance(1)
+    second = store.take([1, 2, 3, 4, 5], limit=5)
+    assert second is not None and read(second.prefix(1)) == [1, 2, 3, 4]
+    assert read(first.prefix(1)) == [1, 2, 3, 4, 77]
     assert store.take([8, 1, 2], limit=3) is None
     assert store.take([1, 2], limit=0) is None
 

@@ -6,14 +6,14 @@ All on real processes. What can be told before the model is loaded is told then,
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import text_kit
-from text_kit import Terminal, command, dgemma, environment
+from text_kit import Terminal, command, dgemma, environment, heed_interrupts
 
 from dgemma.trace import TraceReader
 
@@ -148,13 +148,15 @@ def test_a_full_output_is_an_error(model: str) -> None:
 
 def interrupted(arguments: list[str], seen: Path, number: int = signal.SIGINT) -> tuple[int, bytes, bytes]:
     """Send a signal once the trace `seen` holds a few lines; status and outputs."""
-    process = subprocess.Popen(
-        command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
-    )
-    while process.poll() is None and (not seen.exists() or seen.read_bytes().count(b"\n") < 4):
-        os.sched_yield()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command(*arguments), env=environment(), preexec_fn=heed_interrupts, **pipes)  # type: ignore[call-overload]
+    try:
+        while process.poll() is None and (not seen.exists() or seen.read_bytes().count(b"\n") < 4):
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     return process.returncode, out, err
 
 

@@ -20,7 +20,7 @@ from dgemma.config import EngineConfig, GenerationConfig, LayerConfig, ModelConf
 from dgemma.errors import ConfigError, DgemmaError, RequestError
 from dgemma.model import DiffusionGemma
 
-# The released configuration as the constructor spells it (spec 1.1, 1.2), without the vision part.
+# The released configuration as the constructor spells it, without the vision part.
 RELEASED: dict[str, Any] = {
     "model_type": "diffusion_gemma",
     "canvas_length": 256,
@@ -64,7 +64,7 @@ def test_the_released_size() -> None:
     vision = 25_823_778_864 - text_size
     assert abs(text_size / 1e9 - 25.251) < 5e-4
     assert abs(vision / 1e6 - 573) < 0.5
-    assert len(model.state_dict()) == 691  # spec 6.2: the text tensors of a GGUF file
+    assert len(model.state_dict()) == 691  # as many text tensors as a GGUF conversion has
 
 
 def test_defaults_are_the_reference_class_defaults() -> None:

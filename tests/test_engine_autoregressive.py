@@ -11,7 +11,7 @@ from engine_kit import NO_REUSE, VOCAB, config, prompt, request, run, tiny_model
 from naive import NaiveCache, encode
 
 from dgemma.config import EngineConfig
-from dgemma.engine import Engine, token_logprobs
+from dgemma.engine import Engine, Request, token_logprobs
 from dgemma.engine.autoregressive import next_tokens
 
 EXACT = tiny_model(torch.float64)
@@ -74,6 +74,14 @@ def test_a_draw_depends_on_seed_choice_and_position_only() -> None:
     assert together == [next_tokens(logits[:1], [c], [4])[0] for c in configs]
     assert len(set(together)) > 1
     assert next_tokens(logits[:1], configs[:1], [5]) != together[:1]
+
+
+def test_an_answer_goes_on_the_same_from_any_of_its_tokens() -> None:
+    settings = config(mode="ar", max_new_tokens=12, seed=4)
+    whole = tokens(run(Engine(EXACT, NO_REUSE), [Request(prompt=prompt(5), config=settings)]))
+    for cut in (1, 7):
+        later = Request(prompt=(*prompt(5), *whole[:cut]), config=settings.with_(max_new_tokens=12 - cut))
+        assert tokens(run(Engine(EXACT, NO_REUSE), [later])) == whole[cut:]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 512])

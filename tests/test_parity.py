@@ -216,7 +216,7 @@ def test_bfloat16_predictions_agree(attention: str, least: float, tmp_path: Path
 
 
 def test_half_precision_does_not_round_the_rotation() -> None:
-    """`.to(bfloat16)` rounds inv_freq in transformers (spec 8); our tables are no part of the module."""
+    """`.to(bfloat16)` rounds inv_freq in transformers; our tables are no part of the module."""
     ours = our_model(hf_model(Shape()))
     before = {kind: rotation.frequencies.clone() for kind, rotation in ours._rotations.items()}
     ours.to(torch.bfloat16)

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -138,6 +139,16 @@ def command(*arguments: str | bytes) -> Sequence[str | bytes]:
     return [sys.executable, "-m", "dgemma", *arguments]
 
 
+def heed_interrupts() -> None:
+    """For a child: where the tests run as a background job of a shell, SIGINT arrives ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _at_a_keyboard() -> None:
+    heed_interrupts()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ctrl-C is a signal
+
+
 class Terminal:
     """A program in a pseudo-terminal: what it printed, and what it is sent."""
 
@@ -154,7 +165,7 @@ class Terminal:
             stderr=slave,
             env=environment(TERM="xterm-256color", **env),
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that ctrl-C is a signal
+            preexec_fn=_at_a_keyboard,
         )
 
     def __enter__(self) -> Terminal:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -160,6 +161,8 @@ def _transaction(folder: Path, stale: list[Path]) -> Iterator[Callable[[str], Pa
         folder.mkdir(parents=True, exist_ok=True)
         yield place
         for path in placed.values():
+            # safetensors creates files for the owner only; a checkpoint is as readable as its config.json.
+            shutil.copymode(placed[CONFIG], path)
             _flush(path)
         _rename(folder, placed, token)
         for path in stale:

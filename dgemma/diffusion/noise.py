@@ -59,7 +59,7 @@ def _positions(width: int, device: torch.device | str) -> Tensor:
 
 
 def corrupt(ids: Tensor, t: Tensor | float, vocab: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The forward process (report Eq. 11, spec 5.1): each token of `ids` is replaced with probability t.
+    """The forward process (arXiv 2608.00146, Eq. 11): each token of `ids` is replaced with probability t.
 
     `t` in [0, 1] is the noise level (0 clean, 1 the prior): one number, one per example `[B]`, or one per
     position; axes that it lacks are added on the right. Returns the noisy ids and the mask of replaced

@@ -1,6 +1,6 @@
 """Train the model that dgemma ships as `default`. Needs `build/default` (see build_data.py). Resumes by itself.
 
-python recipes/default/train.py --steps 800        # the shipped run; interrupt and rerun as you like
+python recipes/default/train.py --steps 850        # the shipped run; interrupt and rerun as you like
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/default"))
     parser.add_argument("--out", type=Path, default=Path("runs/default"))
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=850)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
