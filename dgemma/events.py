@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class Draft:
     """One denoising step of one canvas.
 
-    `tokens` is the current prediction (argmax) of the whole canvas, `canvas_tokens` what the next step will read
+    `step` counts up from 1. `tokens` is the current prediction (argmax) of the whole canvas, `canvas_tokens` what the next step will read
     (accepted draws and fresh noise). `entropy` is in nats, per position, at the step's temperature.
     """
 
@@ -29,7 +29,10 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Tokens that are final: one canvas (trimmed at the end token and at the budget) or one autoregressive token."""
+    """Tokens that are final: one canvas (trimmed at the end token and at the budget) or one autoregressive token.
+
+    In autoregressive mode `canvas` is the token's place in the answer and `steps` is 0.
+    """
 
     request: int
     canvas: int
@@ -51,6 +54,7 @@ class Finished:
     steps: tuple[int, ...]
     """Denoising steps of every canvas, in order; empty in autoregressive mode."""
     encode_passes: int
+    """Passes that encoded committed tokens; the prompt's own are not counted."""
 
 
 Event = Draft | Committed | Finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,19 @@ def loss_curve(run: Path, path: Path) -> None:
 def model_card(report: dict[str, Any]) -> str:
     """Markdown. Sections whose facts are missing are left out."""
     parts = [_head(report), _settings(report), _likelihood(report), _texts(report), _samples(report), _training(report)]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    blocks = "\n\n".join(parts).strip().split("\n\n")
+    return "\n\n".join(_flow(block.strip()) for block in blocks if block.strip()) + "\n"
+
+
+def _flow(block: str) -> str:
+    """Break lines of prose and lists anew after numbers were put in; tables, quotes and headings stay."""
+    if block[0] in "|>#":
+        return block
+    items = block.split("\n* ") if block.startswith("* ") else [block]
+    lines = [" ".join(item.removeprefix("* ").split()) for item in items]
+    if block.startswith("* "):
+        return "\n".join(textwrap.fill("* " + line, 118, subsequent_indent="  ") for line in lines)
+    return textwrap.fill(lines[0], 118, break_on_hyphens=False, break_long_words=False)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -81,8 +94,11 @@ def _head(report: dict[str, Any]) -> str:
     model, count = report["model"], report["model"]["parameters"]
     config = model["config"]
     kinds = [layer["kind"] for layer in config["layers"]]
+    quick = "**These figures are from a smoke run (`--quick`) and mean nothing.**" if report["quick"] else ""
     return f"""
 # {model["name"]}: a tiny block-diffusion language model
+
+{quick}
 
 A demonstration model with the architecture of DiffusionGemma: an encoder reads the text so far, and a denoiser writes
 a canvas of tokens at once, from random tokens, by repeated denoising. It was trained from scratch on the data below;

@@ -262,6 +262,7 @@ def report(folder: Path, data: Path, run: Path, size: Size, width: int | None, c
             },
         },
         "machine": asdict(Machine.of(llm.device, llm.dtype)),
+        "quick": size == QUICK,
         "size": asdict(size),
         "training": training_facts(run, data),
     }
