@@ -12,8 +12,8 @@ from dataclasses import dataclass
 class Draft:
     """One denoising step of one canvas.
 
-    `step` counts up from 1. `tokens` is the current prediction (argmax) of the whole canvas, `canvas_tokens` what the next step will read
-    (accepted draws and fresh noise). `entropy` is in nats, per position, at the step's temperature.
+    `step` counts up from 1. `tokens` is the current prediction (argmax) of the whole canvas, `canvas_tokens` what the
+    next step will read (accepted draws and fresh noise). `entropy` is in nats, per position, at the step's temperature.
     """
 
     request: int
