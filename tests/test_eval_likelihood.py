@@ -141,7 +141,7 @@ LAW = torch.tensor([0.0, 0.0, 0.0, 0.6, 0.2, 0.1, 0.07, 0.03], dtype=torch.float
 
 
 class Denoiser:
-    """Knows the law of i.i.d. tokens and the token it looks at, no noise level: it trusts that token by a fixed logit."""
+    """Knows the law of i.i.d. tokens and the token it looks at, but no noise level: its trust is a fixed logit."""
 
     def __init__(self) -> None:
         layers = (SimpleNamespace(kind="full"),)
