@@ -66,7 +66,7 @@ def test_wheel_is_named_after_the_version(wheel: Path) -> None:
 
 
 def test_wheel_holds_the_package_and_nothing_else(names: set[str]) -> None:
-    assert {"dgemma/__init__.py", "dgemma/__main__.py", "dgemma/cli.py", "dgemma/py.typed"} <= names
+    assert {"dgemma/__init__.py", "dgemma/__main__.py", "dgemma/cli/__init__.py", "dgemma/py.typed"} <= names
     info = f"dgemma-{dgemma.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"dgemma", info}
     assert f"{info}/licenses/LICENSE" in names
