@@ -20,7 +20,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_FILES = ["*.json", "*.jinja", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Entry:
     dtype: torch.dtype
 
 
-def find_folder(path_or_id: str | Path) -> tuple[Path, str]:
+def find_folder(path_or_id: str | Path, *, weights: bool = True) -> tuple[Path, str]:
     """Folder and name of a checkpoint: a shipped name ("default"), a folder, or a hub id (downloaded).
 
-    A folder of the same name as a shipped model is reached as "./name".
+    `weights` false leaves the weights of a hub id where they are: enough to describe a model. A folder of the same name as a shipped model is reached as "./name".
     """
     text = str(path_or_id)
     if re.fullmatch(r"[A-Za-z0-9_-]+", text) and (SHIPPED / text).is_dir():
@@ -46,7 +46,7 @@ def find_folder(path_or_id: str | Path) -> tuple[Path, str]:
     if path.exists():
         raise CheckpointError(f"{path} is a file; a checkpoint is the folder that holds {CONFIG}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        return _download(text), text
+        return _download(text, weights), text
     shipped = sorted(folder.name for folder in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
     raise CheckpointError(
         f"no checkpoint {text!r}: neither a folder, nor a hub id of the form owner/name, "
@@ -54,11 +54,11 @@ def find_folder(path_or_id: str | Path) -> tuple[Path, str]:
     )
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # half a second to import, and only needed for hub ids
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES + ["*.safetensors"] * weights))
     except Exception as error:  # offline, gated, unknown: the hub raises from many trees, none of them ours
         raise CheckpointError(
             f"{hub_id} is no local folder and could not be downloaded from the hub: {_short(error)}"

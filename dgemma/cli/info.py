@@ -43,7 +43,7 @@ def describe(model: str) -> dict[str, Any]:
     """Everything `info` knows of a checkpoint, as JSON has it."""
     from dgemma.checkpoint.files import CONFIG, GENERATION, find_folder, read_json
 
-    folder, name = find_folder(model)
+    folder, name = find_folder(model, weights=False)
     config = ModelConfig.from_hf(read_json(folder / CONFIG))
     path = folder / GENERATION
     generation = GenerationConfig.from_hf(read_json(path) if path.is_file() else {}, config)

@@ -1,4 +1,4 @@
-"""Measure a checkpoint of the default recipe on held-out data: writes report.json and MODEL_CARD.md into its folder.
+"""Measure a checkpoint of the default recipe on held-out data: writes report.json and README.md into its folder.
 
     python recipes/default/report.py                       # dgemma/models/default, all of it
     python recipes/default/report.py FOLDER --quick        # a smoke version of less than a minute
@@ -304,10 +304,10 @@ def main() -> None:
     result = report(args.folder, args.data, args.run, QUICK if args.quick else Size(), args.width, console)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "MODEL_CARD.md").write_text(model_card(result))
+    (out / "README.md").write_text(model_card(result))
     if args.figure:
         loss_curve(args.run, args.figure)
-    console.print(f"{out}/report.json, {out}/MODEL_CARD.md")
+    console.print(f"{out}/report.json, {out}/README.md")
 
 
 if __name__ == "__main__":
