@@ -44,15 +44,15 @@ GATE = 1.5  # nats a token that diffusion samples may be worse than autoregressi
 class Size:
     """How much of everything: documents (None: all), tokens of each that the bound reads, seeds per prompt."""
 
-    stories: int | None = 2000
+    stories: int | None = 1000
     prose: int | None = None
-    bound_stories: int = 400
-    bound_prose: int | None = None
+    bound_stories: int = 150
+    bound_prose: int | None = 60
     bound_tokens: int = 1025
     rounds: int = 1
-    losses: int = 60
+    losses: int = 30
     prompts: int = 20
-    seeds: int = 3
+    seeds: int = 1
     new_tokens: int | None = None
     training: int | None = None
 
