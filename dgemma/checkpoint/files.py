@@ -35,7 +35,8 @@ class Entry:
 def find_folder(path_or_id: str | Path, *, weights: bool = True) -> tuple[Path, str]:
     """Folder and name of a checkpoint: a shipped name ("default"), a folder, or a hub id (downloaded).
 
-    `weights` false leaves the weights of a hub id where they are: enough to describe a model. A folder of the same name as a shipped model is reached as "./name".
+    `weights` false leaves the weights of a hub id where they are: enough to describe a model. A folder of the same
+    name as a shipped model is reached as "./name".
     """
     text = str(path_or_id)
     if re.fullmatch(r"[A-Za-z0-9_-]+", text) and (SHIPPED / text).is_dir():
@@ -58,7 +59,7 @@ def _download(hub_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # half a second to import, and only needed for hub ids
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES + ["*.safetensors"] * weights))
+        return Path(snapshot_download(hub_id, allow_patterns=[*_HUB_FILES, *["*.safetensors"] * weights]))
     except Exception as error:  # offline, gated, unknown: the hub raises from many trees, none of them ours
         raise CheckpointError(
             f"{hub_id} is no local folder and could not be downloaded from the hub: {_short(error)}"
