@@ -243,6 +243,8 @@ def test_chat_in_a_terminal(model: str) -> None:
         terminal.wait_for("dgemma: error: unknown command /nonsense; known: /reset, /seed N, /help, /quit")
         terminal.send("/help\n")
         terminal.wait_for("forget the conversation")
+        # Only at the prompt is ctrl-D a key; before that, switching the terminal's mode may swallow it.
+        terminal.wait_for("› ", after="forget the conversation")
         terminal.send("\x04")
         assert terminal.wait() == 0 and terminal.restored
 

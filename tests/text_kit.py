@@ -177,10 +177,10 @@ class Terminal:
         os.close(self.master)
         os.close(self._slave)
 
-    def wait_for(self, text: str, seconds: float = 60.0) -> str:
-        """Read until `text` has been printed; all that was printed so far."""
+    def wait_for(self, text: str, seconds: float = 60.0, after: str = "") -> str:
+        """Read until `text` has been printed (behind the last `after`); all that was printed so far."""
         end = time.monotonic() + seconds
-        while text not in self.text:
+        while text not in self.text[self.text.rfind(after) if after else 0 :]:
             self._read(end - time.monotonic())
             assert time.monotonic() < end, f"{text!r} never came:\n{self.text}"
         return self.text
