@@ -6,6 +6,7 @@ sees clean tokens causally. Seeing the block's own clean tokens would leak the a
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,7 @@ class BlockAttend:
         self._clean = {kind: _bias(layout.clean_mask(window), dtype) for kind, window in used.items()}
         self._canvas = {kind: _bias(layout.canvas_mask(window), dtype) for kind, window in used.items()}
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._rows: Tensor | slice = slice(None)
 
     def encode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert layer == len(self._kept)
@@ -81,18 +83,15 @@ class BlockAttend:
         return dense_attention(q, k, v, self._clean[self._kinds[layer]])
 
     def denoise(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        old_k, old_v = self._kept[layer]
-        rows = slice(0, q.shape[0]) if self._rows is None else self._rows
+        (old_k, old_v), rows = self._kept[layer], self._rows
         k = torch.cat([old_k[rows], k], dim=1)
         v = torch.cat([old_v[rows], v], dim=1)
         return dense_attention(q, k, v, self._canvas[self._kinds[layer]][rows])
 
-    _rows: Tensor | None = None
-
     def only(self, rows: Tensor) -> BlockAttend:
         """The same memory for a subset of the examples (indices `[r]`)."""
-        part = object.__new__(BlockAttend)
-        part.__dict__.update(self.__dict__, _rows=rows)
+        part = copy.copy(self)
+        part._rows = rows
         return part
 
 

@@ -47,7 +47,7 @@ def train(model: DiffusionGemma, mixture: Mixture, config: LoopConfig, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = MasterOptimizer(model.named_parameters(), lr=config.lr, adam_lr=config.adam_lr)
     state_file = folder / "state.pt"
-    begin = seconds = 0.0
+    begin, seconds = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         optimizer.load_state(state["optimizer"])
@@ -60,8 +60,8 @@ def train(model: DiffusionGemma, mixture: Mixture, config: LoopConfig, folder: P
         ) as progress,
         (folder / "metrics.jsonl").open("a") as log,
     ):
-        task = progress.add_task("training", total=config.steps, completed=int(begin))
-        for step in range(int(begin), config.steps):
+        task = progress.add_task("training", total=config.steps, completed=begin)
+        for step in range(begin, config.steps):
             started = time.monotonic()
             batch = mixture.batch(step)
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
