@@ -47,7 +47,7 @@ def test_head_loss_is_the_plain_one_with_its_gradient() -> None:
     targets, valid = torch.randint(97, (3, 700)), torch.rand(3, 700) < 0.7
     grads = []
     for loss in (
-        head_loss(model, hidden, targets, valid)[0],
+        head_loss(model, hidden, targets, valid.float())[0],
         masked_mean(cross_entropy(model.logits(hidden), targets, valid), valid),
     ):
         (2 * loss).backward()

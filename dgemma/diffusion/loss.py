@@ -1,15 +1,63 @@
 """Training losses of a uniform-noise diffusion language model.
 
 The official objective: unweighted cross-entropy over *all* positions of a noisy canvas, corrupted or not, plus the
-encoder's next-token cross-entropy with weight 1 (Google's training code for DiffusionGemma).
+encoder's next-token cross-entropy with weight 1 (Google's training code for DiffusionGemma). Two variants beside it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from dgemma.errors import ConfigError
+
+OBJECTIVES = ("official", "leave_one_out", "reweighted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the canvas is trained on, and what stands beside it.
+
+    `official`: the denoising posterior. `leave_one_out` (arXiv 2605.22765): the network predicts each token without
+    its own noisy observation; the observation is added where the loss is taken. `reweighted`: positions that kept
+    their token count `kept_weight` times the others (0 is the loss of arXiv 2510.22926).
+    `encoder_weight` scales the next-token loss; `self_conditioning` is the share of rows that get a signal.
+    """
+
+    name: str = "official"
+    encoder_weight: float = 1.0
+    self_conditioning: float = 0.5
+    kept_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise ConfigError(f"objective name must be one of {', '.join(OBJECTIVES)}; got {self.name!r}")
+        for field, high in (("encoder_weight", float("inf")), ("self_conditioning", 1.0), ("kept_weight", 1.0)):
+            value = getattr(self, field)
+            if not 0 <= value <= high:
+                raise ConfigError(f"objective {field} must be a number from 0 to {high:g}, got {value!r}")
+
+
+def canvas_weights(objective: Objective, valid: Tensor, replaced: Tensor) -> Tensor:
+    """How much each noisy position counts, float32 `[...]`; only ratios matter. `replaced [...]` drew a noise token."""
+    weights = valid.float()
+    if objective.name == "reweighted":
+        weights = torch.where(replaced, weights, weights * objective.kept_weight)
+    return weights
+
+
+def observation_bonus(objective: Objective, t: Tensor, vocab: int) -> Tensor | None:
+    """What a leave-one-out logit of the observed token gains to become the posterior's (None otherwise), nats `[...]`.
+
+    Noise keeps a token with probability alpha = 1 - t, else draws among all `vocab`: the observed token is
+    1 + V alpha / (1 - alpha) times as likely as any other to be the source.
+    """
+    if objective.name != "leave_one_out":
+        return None
+    return torch.log1p(vocab * (1 - t) / t)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ sees clean tokens causally. Seeing the block's own clean tokens would leak the a
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,19 +17,27 @@ from dgemma.config import LayerKind, ModelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """One batch: B examples of L clean tokens, of which `[start_b, start_b + R)` are denoised in blocks of `width`.
+    """One batch: B examples, of which positions `[start_b, start_b + R)` are denoised in blocks of `width`.
 
-    `start [B]` may differ per example; `start_b + R <= L`.
+    `start [B]` may differ per example. `length` is how many clean tokens the encoder reads. With `draws` > 1 every
+    example is corrupted that many times, so a long prompt is encoded once: noisy rows are `N = B * draws`.
     """
 
     start: Tensor
     length: int
     region: int
     width: int
+    draws: int = 1
 
     def canvas_positions(self) -> Tensor:
-        """Absolute position of every noisy token `[B, R]`."""
-        return self.start[:, None] + torch.arange(self.region)
+        """Absolute position of every noisy token `[N, R]`."""
+        where = self.start[:, None] + torch.arange(self.region)
+        return where.repeat_interleave(self.draws, dim=0)
+
+    def without_targets(self) -> Layout:
+        """The same blocks with the shortest encoder input: the last block's clean tokens are nobody's context."""
+        needed = int(self.start.max()) + self.region - self.width
+        return replace(self, length=min(self.length, needed))
 
     def clean_mask(self, window: int | None) -> Tensor:
         """`[1, L, L]`: clean query sees clean key."""
@@ -38,7 +46,7 @@ class Layout:
         return (mask if window is None else mask & (k > q - window))[None]
 
     def canvas_mask(self, window: int | None) -> Tensor:
-        """`[B, R, L + R]`: noisy query sees clean keys before its block, and its own block."""
+        """`[N, R, L + R]`: noisy query sees clean keys before its block, and its own block."""
         inside = torch.arange(self.region) // self.width
         begin = self.start[:, None, None] + (inside * self.width)[None, :, None]
         keys = torch.arange(self.length)
@@ -46,7 +54,7 @@ class Layout:
         if window is not None:
             clean = clean & (keys >= begin - (window - 1))
         own = (inside[:, None] == inside).expand(self.start.shape[0], -1, -1)
-        return torch.cat([clean, own], dim=-1)
+        return torch.cat([clean, own], dim=-1).repeat_interleave(self.draws, dim=0)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -69,6 +77,7 @@ class BlockAttend:
     """`Attend` of one training batch: `encode` keeps K and V (with their gradients), `denoise` reads them."""
 
     def __init__(self, config: ModelConfig, layout: Layout, dtype: torch.dtype) -> None:
+        self._draws = layout.draws
         self._kinds: list[LayerKind] = [layer.kind for layer in config.layers]
         windows: dict[LayerKind, int | None] = {"full": None, "sliding": config.sliding_window}
         used = {kind: windows[kind] for kind in self._kinds}
@@ -78,18 +87,18 @@ class BlockAttend:
         self._rows: Tensor | slice = slice(None)
 
     def encode(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert layer == len(self._kept)
-        self._kept.append((k, v))
+        if layer == len(self._kept):  # not when activation checkpointing computes a layer again
+            self._kept.append((k, v))
         return dense_attention(q, k, v, self._clean[self._kinds[layer]])
 
     def denoise(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (old_k, old_v), rows = self._kept[layer], self._rows
-        k = torch.cat([old_k[rows], k], dim=1)
-        v = torch.cat([old_v[rows], v], dim=1)
+        rows = self._rows
+        old_k, old_v = (old.repeat_interleave(self._draws, dim=0)[rows] for old in self._kept[layer])
+        k, v = torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)
         return dense_attention(q, k, v, self._canvas[self._kinds[layer]][rows])
 
     def only(self, rows: Tensor) -> BlockAttend:
-        """The same memory for a subset of the examples (indices `[r]`)."""
+        """The same memory for a subset of the noisy rows (indices `[r]`)."""
         part = copy.copy(self)
         part._rows = rows
         return part

@@ -97,7 +97,9 @@ class Mixture:
         region = 0
         for at in range(len(order)):
             index = int(pool[order[(begin + at) % len(order)]])
-            tokens = np.append(source.document(index), source.end_token)
+            tokens = source.document(index)
+            if tokens[-1] != source.end_token:
+                tokens = np.append(tokens, source.end_token)
             start = self._start(source, index, len(tokens), rng)
             need = -(-(len(tokens) - start) // width) * width
             if picked and max(region, need) * (len(picked) + 1) > self.tokens:

@@ -19,18 +19,23 @@ _ROWS = 512
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, embed: Tensor, targets: Tensor, weights: Tensor, cap: float) -> Any:
+    def forward(
+        ctx: Any, hidden: Tensor, embed: Tensor, targets: Tensor, weights: Tensor, cap: float, seen: Any
+    ) -> Any:
         grad_hidden = torch.empty_like(hidden)
-        grad_embed = torch.zeros(embed.shape, dtype=torch.float32)
-        losses = torch.empty(hidden.shape[0])
-        for rows in torch.arange(hidden.shape[0]).split(_ROWS):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        grad_embed = torch.zeros(embed.shape, dtype=torch.float32, device=embed.device)
+        losses = torch.empty(hidden.shape[0], device=hidden.device)
+        for begin in range(0, hidden.shape[0], _ROWS):
+            part = slice(begin, begin + _ROWS)
             bent = (hidden[part] @ embed.t()).float().div_(cap).tanh_()
-            logp = torch.log_softmax(bent * cap, dim=-1)
+            logits = bent * cap
+            if seen is not None:
+                logits.scatter_add_(1, seen[0][part, None], seen[1][part, None])
+            logp = torch.log_softmax(logits, dim=-1)
             at = targets[part, None]
             losses[part] = -logp.gather(1, at).squeeze(1)
             slope = logp.exp_()
-            slope.scatter_add_(1, at, torch.full(at.shape, -1.0))
+            slope.scatter_add_(1, at, torch.full_like(at, -1.0, dtype=torch.float32))
             slope.mul_(bent.square_().neg_().add_(1.0)).mul_(weights[part, None])
             slope_low = slope.to(embed.dtype)
             grad_hidden[part] = slope_low @ embed
@@ -42,17 +47,28 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_hidden, grad_embed = ctx.saved_tensors
-        return grad_hidden * grads[0], (grad_embed * grads[0]).to(grad_hidden.dtype), None, None, None
+        return grad_hidden * grads[0], (grad_embed * grads[0]).to(grad_hidden.dtype), None, None, None, None
 
 
-def head_loss(model: DiffusionGemma, hidden: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over `valid` positions (nats, differentiable), and the losses of all positions (not so).
+def head_loss(
+    model: DiffusionGemma,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    weight_sum: Tensor | None = None,
+    seen: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean of the cross-entropies (nats, differentiable), and the losses of all positions (not so).
 
-    `hidden [..., H]`, `targets, valid [...]`; equal to `diffusion.loss.cross_entropy` of `model.logits(hidden)`.
+    `hidden [..., H]`, `targets, weights [...]`; equal to `diffusion.loss.cross_entropy` of `model.logits(hidden)`.
+    `weight_sum` divides in place of `weights.sum()` (these rows are part of a larger batch).
+    `seen` = (tokens, bonus) `[...]`: the logit of that token is raised by the bonus first.
     """
-    weights = valid.reshape(-1).float() / valid.sum().clamp(min=1)
+    whole = weights.sum() if weight_sum is None else weight_sum
+    shares = weights.reshape(-1) / whole.clamp(min=1e-9)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    total, losses = _HeadLoss.apply(flat, model.embed.weight, targets.reshape(-1), weights, model.config.softcap)
+    known = None if seen is None else tuple(part.reshape(-1) for part in seen)
+    total, losses = _HeadLoss.apply(flat, model.embed.weight, targets.reshape(-1), shares, model.config.softcap, known)
     return total, losses.view(targets.shape)
 
 

@@ -11,19 +11,28 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dgemma.diffusion.loss import by_noise_level
+from dgemma.diffusion.loss import Objective, by_noise_level
 from dgemma.errors import DataError
 from dgemma.model import DiffusionGemma
-from dgemma.train.data import Mixture
-from dgemma.train.objective import Losses, official_loss
+from dgemma.train.objective import Batch, Losses, denoising_loss
 from dgemma.train.optim import MasterOptimizer, wsd
 
 NOISE_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Batches(Protocol):
+    """Where batches come from: functions of the step, so that a resumed run sees the same ones."""
+
+    def batch(self, step: int) -> Batch: ...
+
+    def source_name(self, step: int) -> str:
+        """Which source the batch of a step is drawn from (for the log)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +46,10 @@ class LoopConfig:
     adam_lr: float = 0.003
     seed: int = 0
     save_every: int = 25
+    objective: Objective = Objective()
 
 
-def train(model: DiffusionGemma, mixture: Mixture, config: LoopConfig, folder: Path) -> bool:
+def train(model: DiffusionGemma, batches: Batches, config: LoopConfig, folder: Path) -> bool:
     """Run or resume in `folder` (`state.pt`, `metrics.jsonl`). True when finished, false when interrupted and saved.
 
     Batches, noise and signals are functions of (seed, step), so a resumed run repeats nothing and skips nothing.
@@ -63,13 +73,13 @@ def train(model: DiffusionGemma, mixture: Mixture, config: LoopConfig, folder: P
         task = progress.add_task("training", total=config.steps, completed=begin)
         for step in range(begin, config.steps):
             started = time.monotonic()
-            batch = mixture.batch(step)
+            batch = batches.batch(step)
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            losses = official_loss(model, batch, generator)
+            losses = denoising_loss(model, batch, generator, config.objective)
             losses.total.backward()
             norm = optimizer.step(wsd(step, config.steps, config.warmup, config.decay_share))
             seconds += time.monotonic() - started
-            record = _record(step, losses, norm, seconds, batch.ids.shape[0], mixture.source_name(step))
+            record = _record(step, losses, norm, seconds, batch.ids.shape[0], batches.source_name(step))
             if not math.isfinite(record["canvas"]):
                 raise DataError(f"step {step}: the loss is {record['canvas']}; lower the learning rate ({config.lr})")
             log.write(json.dumps(record) + "\n")

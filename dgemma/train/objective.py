@@ -1,32 +1,38 @@
-"""The official objective on one batch: two-pass self-conditioned denoising plus the encoder's next-token loss."""
+"""What a batch is trained on: two-pass self-conditioned denoising plus the encoder's next-token loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dgemma.diffusion.loss import Objective, canvas_weights, observation_bonus
 from dgemma.diffusion.noise import corrupt
 from dgemma.model import DiffusionGemma
 from dgemma.train.attend import BlockAttend, Layout
 from dgemma.train.head import head_loss, soft_signal
 
 T_MIN, T_MAX = 1e-4, 1 - 1e-4
+OFFICIAL = Objective()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids `[B, L]`, which of them are real targets `valid [B, L]`, and where the blocks lie."""
+    """Token ids `[B, L]`, which of them are targets `valid [B, L]`, and where the blocks lie.
+
+    `encoder_valid [B, L]` are the encoder's targets; None means the same ones.
+    """
 
     ids: Tensor
     valid: Tensor
     layout: Layout
+    encoder_valid: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars to differentiate, and the per-position values for the log."""
+    """The scalar to differentiate, its parts, and the values of every noisy position `[N, R]` for the log."""
 
     total: Tensor
     canvas: Tensor
@@ -36,39 +42,85 @@ class Losses:
     t: Tensor
 
 
-def official_loss(
+@dataclass(frozen=True)
+class Noise:
+    """All that chance decides about a batch: `clean, valid, t, noisy, replaced [N, R]`, and who is `told [N]`."""
+
+    clean: Tensor
+    valid: Tensor
+    t: Tensor
+    noisy: Tensor
+    replaced: Tensor
+    told: Tensor
+
+    @staticmethod
+    def draw(batch: Batch, vocab: int, told_share: float, generator: torch.Generator) -> Noise:
+        """Every block gets its own noise level, every noisy row is told a first prediction with `told_share`."""
+        layout = batch.layout
+        where = layout.canvas_positions()
+        clean = batch.ids.repeat_interleave(layout.draws, dim=0).gather(1, where)
+        valid = batch.valid.repeat_interleave(layout.draws, dim=0).gather(1, where)
+        blocks = layout.region // layout.width
+        t = torch.rand(len(clean), blocks, generator=generator) * (T_MAX - T_MIN) + T_MIN
+        t = t.repeat_interleave(layout.width, dim=1)
+        noisy, replaced = corrupt(clean, t, vocab, generator)
+        return Noise(clean, valid, t, noisy, replaced, torch.rand(len(clean), generator=generator) < told_share)
+
+    def rows(self, rows: Tensor) -> Noise:
+        return Noise(*(value[rows] for value in vars(self).values()))
+
+
+def denoising_loss(
     model: DiffusionGemma,
     batch: Batch,
     generator: torch.Generator,
-    *,
-    self_conditioning: float = 0.5,
-    encoder_weight: float = 1.0,
+    objective: Objective = OFFICIAL,
+    part: tuple[int, int] = (0, 1),
 ) -> Losses:
-    """The official objective, with all blocks of the region trained at once, each at its own noise level.
+    """The loss of one batch, all blocks of its layout at once, each at its own noise level.
 
-    The references train one random block per example, which has the same expected gradient. A share
-    `self_conditioning` of the examples gets a signal: the prediction of a first pass without gradient.
+    The official training code takes one random block per example; the expected gradient is the same up to the
+    weight of long examples. A noisy row that is told gets the prediction of a first pass without gradient.
+    `part = (rank, world)` computes every world-th example only; the parts' losses add up to the whole batch's.
     """
-    layout, dtype = batch.layout, model.embed.weight.dtype
-    count, blocks = batch.ids.shape[0], layout.region // layout.width
+    noise = Noise.draw(batch, model.config.vocab_size, objective.self_conditioning, generator)
+    targets = batch.valid if batch.encoder_valid is None else batch.encoder_valid
+    encoder_weights = targets[:, 1:].float()
+    weights = canvas_weights(objective, noise.valid, noise.replaced)
+    whole = encoder_weights.sum(), weights.sum()
+    rank, world = part
+    if world > 1:
+        batch, encoder_weights = _share(batch, rank, world), encoder_weights[rank::world]
+        rows = torch.arange(len(noise.t)).view(-1, batch.layout.draws)[rank::world].flatten()
+        noise, weights = noise.rows(rows), weights[rows]
+
+    wanted = objective.encoder_weight > 0
+    layout = batch.layout if wanted else batch.layout.without_targets()
+    ids, dtype = batch.ids[:, : layout.length], model.embed.weight.dtype
     attend = BlockAttend(model.config, layout, dtype)
-    positions = torch.arange(layout.length).expand(count, -1)
-    hidden = model.encode(batch.ids, positions, attend.encode)
-    encoder, _ = head_loss(model, hidden[:, :-1], batch.ids[:, 1:], batch.valid[:, 1:])
+    hidden = model.encode(ids, torch.arange(layout.length).expand(len(ids), -1), attend.encode)
+    encoder = torch.zeros(())
+    if wanted:
+        encoder, _ = head_loss(model, hidden[:, :-1], ids[:, 1:], encoder_weights[:, : layout.length - 1], whole[0])
 
     where = layout.canvas_positions()
-    clean, valid = batch.ids.gather(1, where), batch.valid.gather(1, where)
-    t = torch.rand(count, blocks, generator=generator) * (T_MAX - T_MIN) + T_MIN
-    t = t.repeat_interleave(layout.width, dim=1)
-    noisy, _ = corrupt(clean, t, model.config.vocab_size, generator)
-    places = (torch.arange(layout.region) % layout.width).expand(count, -1)
-
-    soft = torch.zeros(count, layout.region, model.config.hidden_size, dtype=dtype)
-    told = torch.nonzero(torch.rand(count, generator=generator) < self_conditioning).flatten()
+    places = (torch.arange(layout.region) % layout.width).expand(len(where), -1)
+    soft = torch.zeros(*where.shape, model.config.hidden_size, dtype=dtype)
+    told = noise.told.nonzero().flatten()
     if len(told):
         with torch.no_grad():
-            first = model.denoise(noisy[told], where[told], attend.only(told).denoise, None, places[told])
+            first = model.denoise(noise.noisy[told], where[told], attend.only(told).denoise, None, places[told])
             soft[told] = soft_signal(model, first)
-    hidden = model.denoise(noisy, where, attend.denoise, soft, places)
-    canvas, losses = head_loss(model, hidden, clean, valid)
-    return Losses(canvas + encoder_weight * encoder, canvas.detach(), encoder.detach(), losses, valid, t)
+    hidden = model.denoise(noise.noisy, where, attend.denoise, soft, places)
+    bonus = observation_bonus(objective, noise.t, model.config.vocab_size)
+    seen = None if bonus is None else (noise.noisy, bonus)
+    canvas, losses = head_loss(model, hidden, noise.clean, weights, whole[1], seen)
+    total = canvas + objective.encoder_weight * encoder
+    return Losses(total, canvas.detach(), encoder.detach(), losses, noise.valid, noise.t)
+
+
+def _share(batch: Batch, rank: int, world: int) -> Batch:
+    """Every world-th example."""
+    layout = replace(batch.layout, start=batch.layout.start[rank::world])
+    valid = None if batch.encoder_valid is None else batch.encoder_valid[rank::world]
+    return Batch(batch.ids[rank::world], batch.valid[rank::world], layout, valid)
