@@ -59,18 +59,18 @@ def load_checkpoint(
         config = ModelConfig.from_hf(raw)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
-    generation = _generation(folder, raw, config)
+    generation = read_generation(folder, raw, config)
     entries = read_headers(folder)
     with torch.device("meta"):
         model = DiffusionGemma(config)
     sources, skipped = _match(entries, model.state_dict(), folder)
     if dtype is None:
-        dtype = _stored_dtype(entries[source] for names in sources.values() for source in names)
-    _fill(model, entries, sources, torch.device(device), dtype)
+        dtype = stored_dtype(entries[source] for names in sources.values() for source in names)
+    fill(model, entries, sources, torch.device(device), dtype)
     return Checkpoint(model.eval(), config, generation, folder, name, skipped)
 
 
-def _generation(folder: Path, raw: Mapping[str, object], config: ModelConfig) -> GenerationConfig:
+def read_generation(folder: Path, raw: Mapping[str, object], config: ModelConfig) -> GenerationConfig:
     path, nested = folder / GENERATION, raw.get("generation_config")
     # Older MLX conversions keep the generation settings inside config.json.
     data = read_json(path) if path.exists() else nested if isinstance(nested, dict) else {}
@@ -107,7 +107,7 @@ def _match(
     return sources, tuple(sorted(skipped))
 
 
-def _stored_dtype(entries: Iterable[Entry]) -> torch.dtype:
+def stored_dtype(entries: Iterable[Entry]) -> torch.dtype:
     dtypes = {entry.dtype for entry in entries}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -115,7 +115,7 @@ def _stored_dtype(entries: Iterable[Entry]) -> torch.dtype:
     return dtypes.pop()
 
 
-def _fill(
+def fill(
     model: DiffusionGemma,
     entries: Mapping[str, Entry],
     sources: Mapping[str, list[str]],

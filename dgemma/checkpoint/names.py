@@ -64,6 +64,8 @@ SKIPPED_PREFIXES = ("model.encoder.vision_tower.", "model.encoder.embed_vision."
 def hf_name(ours: str) -> str:
     """The name in HF's file of a tensor of our `state_dict`; a `CheckpointError` if we have none."""
     pattern, index = _pattern(ours)
+    if ".base_layer." in ours:
+        raise CheckpointError(f"tensor {ours!r} belongs to a model with a LoRA adapter: merge it, or save the adapter")
     if pattern not in _TABLE:
         raise CheckpointError(f"tensor {ours!r} has no name in the checkpoint format")
     return _TABLE[pattern].replace("#", index)

@@ -24,21 +24,31 @@ class Objective:
     `official`: the denoising posterior. `leave_one_out` (arXiv 2605.22765): the network predicts each token without
     its own noisy observation; the observation is added where the loss is taken. `reweighted`: positions that kept
     their token count `kept_weight` times the others (0 is the loss of arXiv 2510.22926).
-    `encoder_weight` scales the next-token loss; `self_conditioning` is the share of rows that get a signal.
+    `encoder_weight` scales the next-token loss, `canvas_weight` the canvas's (0 skips the denoising passes: an
+    ordinary autoregressive model); `self_conditioning` is the share of rows that get a signal. The signal is the
+    prediction of a first pass, or of the last of up to `signal_passes`, each told the one before (ours: a sampler
+    tells the network dozens of times, and training on one pass alone leaves that unpractised).
     """
 
     name: str = "official"
     encoder_weight: float = 1.0
+    canvas_weight: float = 1.0
     self_conditioning: float = 0.5
     kept_weight: float = 0.1
+    signal_passes: int = 1
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
             raise ConfigError(f"objective name must be one of {', '.join(OBJECTIVES)}; got {self.name!r}")
-        for field, high in (("encoder_weight", float("inf")), ("self_conditioning", 1.0), ("kept_weight", 1.0)):
+        inf = float("inf")
+        for field, high in (
+            ("encoder_weight", inf), ("canvas_weight", inf), ("self_conditioning", 1.0), ("kept_weight", 1.0),
+        ):  # fmt: skip
             value = getattr(self, field)
             if not 0 <= value <= high:
                 raise ConfigError(f"objective {field} must be a number from 0 to {high:g}, got {value!r}")
+        if self.signal_passes < 1:
+            raise ConfigError(f"objective signal_passes must be at least 1, got {self.signal_passes!r}")
 
 
 def canvas_weights(objective: Objective, valid: Tensor, replaced: Tensor) -> Tensor:

@@ -17,10 +17,12 @@ from dgemma.config import LayerKind, ModelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """One batch: B examples, of which positions `[start_b, start_b + R)` are denoised in blocks of `width`.
+    """One batch: B examples, of which R positions each are denoised in blocks of `width`.
 
-    `start [B]` may differ per example. `length` is how many clean tokens the encoder reads. With `draws` > 1 every
-    example is corrupted that many times, so a long prompt is encoded once: noisy rows are `N = B * draws`.
+    `start [B]` is where an example's region begins, its blocks follow each other; or `[B, R / width]`, where each
+    block begins. `length` is how many clean tokens the encoder reads. With `draws` > 1 every example is corrupted
+    that many times, so a long prompt is encoded once: noisy rows are `N = B * draws`.
+    `segments [B, >= length]` tells documents packed into one row apart: nothing sees another segment.
     """
 
     start: Tensor
@@ -28,32 +30,46 @@ class Layout:
     region: int
     width: int
     draws: int = 1
+    segments: Tensor | None = None
+
+    def begins(self) -> Tensor:
+        """Where the block of every noisy position begins `[B, R]`."""
+        block = torch.arange(self.region) // self.width
+        return self.start[:, block] if self.start.dim() == 2 else self.start[:, None] + block * self.width
 
     def canvas_positions(self) -> Tensor:
-        """Absolute position of every noisy token `[N, R]`."""
-        where = self.start[:, None] + torch.arange(self.region)
+        """Position in the row of every noisy token `[N, R]`."""
+        where = self.begins() + torch.arange(self.region) % self.width
         return where.repeat_interleave(self.draws, dim=0)
 
     def without_targets(self) -> Layout:
         """The same blocks with the shortest encoder input: the last block's clean tokens are nobody's context."""
-        needed = int(self.start.max()) + self.region - self.width
-        return replace(self, length=min(self.length, needed))
+        return replace(self, length=min(self.length, int(self.begins().max())))
+
+    def examples(self, rows: slice | Tensor) -> Layout:
+        """The layout of some of the examples."""
+        segments = None if self.segments is None else self.segments[rows]
+        return replace(self, start=self.start[rows], segments=segments)
 
     def clean_mask(self, window: int | None) -> Tensor:
-        """`[1, L, L]`: clean query sees clean key."""
+        """`[1 or B, L, L]`: clean query sees clean key."""
         q, k = torch.arange(self.length)[:, None], torch.arange(self.length)
-        mask = k <= q
-        return (mask if window is None else mask & (k > q - window))[None]
+        mask = (k <= q if window is None else (k <= q) & (k > q - window))[None]
+        if self.segments is None:
+            return mask
+        segments = self.segments[:, : self.length]
+        return mask & (segments[:, :, None] == segments[:, None])
 
     def canvas_mask(self, window: int | None) -> Tensor:
         """`[N, R, L + R]`: noisy query sees clean keys before its block, and its own block."""
-        inside = torch.arange(self.region) // self.width
-        begin = self.start[:, None, None] + (inside * self.width)[None, :, None]
-        keys = torch.arange(self.length)
-        clean = keys < begin
+        begins, keys = self.begins(), torch.arange(self.length)
+        clean = keys < begins[:, :, None]
         if window is not None:
-            clean = clean & (keys >= begin - (window - 1))
-        own = (inside[:, None] == inside).expand(self.start.shape[0], -1, -1)
+            clean = clean & (keys >= begins[:, :, None] - (window - 1))
+        if self.segments is not None:
+            clean = clean & (self.segments[:, None, : self.length] == self.segments.gather(1, begins)[:, :, None])
+        block = torch.arange(self.region) // self.width
+        own = (block[:, None] == block).expand(len(begins), -1, -1)
         return torch.cat([clean, own], dim=-1).repeat_interleave(self.draws, dim=0)
 
 

@@ -1,51 +1,23 @@
-"""Token documents on disk, and batches of `[clean | noisy blocks]` made from them.
+"""Batches of `[clean | noisy blocks]` drawn from token documents.
 
-A source file is an `.npz` with `ids` (uint16, all documents joined), `offsets` (int64, one more than documents)
-and, for chats, `prompt_len`. Everything is a function of (seed, step), so a resumed run sees the same batches.
+Everything is a function of (seed, step), so a resumed run sees the same batches. Knows no files and no network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from dgemma.errors import DataError
+from dgemma.errors import ConfigError
 from dgemma.train.attend import Layout
+from dgemma.train.documents import Source
 from dgemma.train.objective import Batch
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Documents of one kind. `whole`: a document ends with `end_token` and is trained to its end (stories, chats);
-    otherwise windows are cut out of long documents (prose)."""
-
-    name: str
-    ids: np.ndarray
-    offsets: np.ndarray
-    prompt_len: np.ndarray | None
-    whole: bool
-    end_token: int
-
-    @staticmethod
-    def load(path: Path, *, whole: bool, end_token: int) -> Source:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; build it first (recipes/default/build_data.py)")
-        with np.load(path) as data:
-            prompt_len = data.get("prompt_len")
-            return Source(path.stem, data["ids"], data["offsets"], prompt_len, whole, end_token)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def document(self, index: int) -> np.ndarray:
-        return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
 
 @dataclass(frozen=True)
@@ -58,8 +30,30 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Example:
+    """Clean tokens `ids [n]` whose blocks begin at `start`, and which tokens are targets.
+
+    `valid [n]` counts for the canvas, `answers [n]` for the encoder (None: the same).
+    """
+
+    ids: np.ndarray
+    start: int
+    valid: np.ndarray
+    answers: np.ndarray | None = None
+
+    def blocks(self, width: int) -> int:
+        return max(1, -(-(len(self.ids) - self.start) // width))
+
+
+@dataclass(frozen=True)
 class Mixture:
-    """How batches are drawn: shares per phase, tokens per batch, longest prefix."""
+    """How batches are drawn: shares per phase, tokens per batch, longest stretches.
+
+    A text begins with a prefix of at most `max_prefix` tokens; an answer follows all that precedes it, of which the
+    last `max_context` tokens are kept. Of longer texts and answers a random stretch of whole blocks is trained, at
+    most `max_region` tokens. `blocks`: "all" of an example at once, or "one" at random as the official code does.
+    A source with `pack` shares rows among documents, which do not see each other.
+    """
 
     sources: Sequence[Source]
     widths: Sequence[int]
@@ -69,12 +63,25 @@ class Mixture:
     eos: int
     pad: int
     seed: int
+    max_context: int = 1024
+    max_region: int = 1024
+    blocks: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.blocks not in ("all", "one"):
+            raise ConfigError(f"data blocks must be all or one, got {self.blocks!r}")
 
     def batch(self, step: int) -> Batch:
         """The batch of one micro-step: examples of one source and one width, of similar length."""
         rng, source = self._source(step)
         width = int(_pick(rng, self.widths, self._phase(step).width_weights))
-        return self._whole(source, width, rng) if source.whole else self._windows(source, width, rng)
+        if not source.whole:
+            region = max(width, 128)
+            return self._rows(self._windows(source, region, rng), width, region, rng)
+        if source.pack:
+            return self._packed(self._any_length(source, width, rng), width, rng)
+        examples = self._like_length(source, width, rng)
+        return self._rows(examples, width, max(e.blocks(width) for e in examples) * width, rng)
 
     def source_name(self, step: int) -> str:
         """Which source the batch of a step is drawn from (for the log)."""
@@ -87,61 +94,147 @@ class Mixture:
     def _phase(self, step: int) -> Phase:
         return max((phase for phase in self.phases if phase.first_step <= step), key=lambda phase: phase.first_step)
 
-    def _whole(self, source: Source, width: int, rng: np.random.Generator) -> Batch:
+    # -- examples ---------------------------------------------------------------------
+
+    def _like_length(self, source: Source, width: int, rng: np.random.Generator) -> list[Example]:
+        """Whole documents of similar length, so that little is padding; which length is random."""
         pool = rng.integers(len(source), size=4 * max(1, self.tokens // 128))
-        lengths = source.offsets[pool + 1] - source.offsets[pool]
-        # Examples of similar length share a batch, so little is padding; the window into the sorted pool is random.
-        order = np.argsort(lengths, kind="stable")
+        order = np.argsort(source.offsets[pool + 1] - source.offsets[pool], kind="stable")
         begin = int(rng.integers(len(order)))
-        picked: list[tuple[np.ndarray, int]] = []
-        region = 0
+        picked: list[Example] = []
+        region = excess = 0
         for at in range(len(order)):
-            index = int(pool[order[(begin + at) % len(order)]])
-            tokens = source.document(index)
-            if tokens[-1] != source.end_token:
-                tokens = np.append(tokens, source.end_token)
-            start = self._start(source, index, len(tokens), rng)
-            need = -(-(len(tokens) - start) // width) * width
-            if picked and max(region, need) * (len(picked) + 1) > self.tokens:
+            example = self._example(source, int(pool[order[(begin + at) % len(order)]]), width, rng)
+            wider, further = max(region, example.blocks(width) * width), max(excess, self._excess(example))
+            if picked and (wider + further) * (len(picked) + 1) > self.tokens:
                 break
             if begin + at == len(order) and picked:
                 break  # wrapped from the longest to the shortest
-            region = max(region, need)
-            picked.append((tokens, start))
-        return self._pack(picked, region, width, fill=self.eos)
+            region, excess = wider, further
+            picked.append(example)
+        return picked
 
-    def _start(self, source: Source, index: int, length: int, rng: np.random.Generator) -> int:
-        if source.prompt_len is not None:
-            return int(source.prompt_len[index])
-        return 1 + int(rng.integers(min(self.max_prefix, length - 1)) * rng.integers(2))
+    def _any_length(self, source: Source, width: int, rng: np.random.Generator) -> list[Example]:
+        picked: list[Example] = []
+        used = 0
+        while True:
+            example = self._example(source, int(rng.integers(len(source))), width, rng)
+            used += example.blocks(width) * width + self._excess(example)
+            if picked and used > self.tokens:
+                return picked
+            picked.append(example)
 
-    def _windows(self, source: Source, width: int, rng: np.random.Generator) -> Batch:
-        region = max(width, 128)
+    def _excess(self, example: Example) -> int:
+        """Context that counts towards the tokens of a batch: short prefixes never did, long conversations must."""
+        return max(0, example.start - self.max_prefix)
+
+    def _example(self, source: Source, index: int, width: int, rng: np.random.Generator) -> Example:
+        """A document up to the end of one of its targets."""
+        tokens, spans = source.document(index), source.targets(index)
+        if spans is not None:
+            start, end = spans[rng.integers(len(spans)) if len(spans) > 1 else 0].tolist()
+            tokens = tokens[:end]
+        if source.end_token is not None and tokens[-1] != source.end_token:
+            tokens = np.append(tokens, source.end_token)
+        if spans is None:
+            start = 1 + int(rng.integers(max(1, min(self.max_prefix, len(tokens) - 1))) * rng.integers(2))
+        answers: np.ndarray | None = None
+        if source.answer_only and spans is not None:
+            answers = np.zeros(len(tokens), dtype=bool)
+            for begin, end in spans:
+                answers[begin:end] = True
+        return self._cut(tokens, start, answers, width, rng)
+
+    def _cut(
+        self, tokens: np.ndarray, start: int, answers: np.ndarray | None, width: int, rng: np.random.Generator
+    ) -> Example:
+        """Of too long a target a random stretch of blocks, of too long a context its end.
+
+        The canvas that holds the end of the target is filled up with EOS.
+        """
+        blocks, most = -(-(len(tokens) - start) // width), max(1, self.max_region // width)
+        if blocks > most:
+            start += int(rng.integers(blocks - most + 1)) * width
+            blocks = most
+        begin, end = max(0, start - self.max_context), start + blocks * width
+        tokens = tokens[begin:end]
+        ids = np.full(end - begin, self.eos, dtype=np.int64)
+        ids[: len(tokens)] = tokens
+        valid = np.ones(len(ids), dtype=bool)
+        if answers is not None:
+            valid[: start - begin] = False
+            answers = np.append(answers[begin:end], np.zeros(len(ids) - len(tokens), dtype=bool))
+        return Example(ids, start - begin, valid, answers)
+
+    def _windows(self, source: Source, region: int, rng: np.random.Generator) -> list[Example]:
+        """Stretches of prose at random places; each token is as likely as any other."""
         picked = []
         for _ in range(max(1, self.tokens // region)):
             start = 1 + int(rng.integers(self.max_prefix))
             offset = int(rng.integers(len(source.ids)))
-            index = int(np.searchsorted(source.offsets, offset, side="right")) - 1
-            document = source.document(index)
+            document = source.document(int(np.searchsorted(source.offsets, offset, side="right")) - 1)
             at = int(rng.integers(max(1, len(document) - region - start + 1)))
-            tokens = document[at : at + start + region]
-            picked.append((tokens, min(start, max(1, len(tokens) - region))))
-        return self._pack(picked, region, width, fill=None)
+            ids = document[at : at + start + region]
+            picked.append(Example(ids, min(start, max(1, len(ids) - region)), np.ones(len(ids), dtype=bool)))
+        return picked
 
-    def _pack(self, picked: list[tuple[np.ndarray, int]], region: int, width: int, fill: int | None) -> Batch:
-        length = max(start for _, start in picked) + region
-        ids = np.full((len(picked), length), self.pad, dtype=np.int64)
-        valid = np.zeros((len(picked), length), dtype=bool)
-        for row, (tokens, start) in enumerate(picked):
-            ids[row, : len(tokens)] = tokens
-            valid[row, : len(tokens)] = True
-            if fill is not None:
-                # The canvas that holds the end is filled with EOS and supervised; later canvases are not.
-                end = start + -(-(len(tokens) - start) // width) * width
-                ids[row, len(tokens) : end] = fill
-                valid[row, len(tokens) : end] = True
-        layout = Layout(torch.tensor([start for _, start in picked]), length, region, width)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(valid), layout)
+    # -- layouts ----------------------------------------------------------------------
+
+    def _rows(self, examples: Sequence[Example], width: int, region: int, rng: np.random.Generator) -> Batch:
+        """Each example in a row of its own. Canvases behind the one that holds an end are not supervised."""
+        length = max(example.start for example in examples) + region
+        starts = np.array([example.start for example in examples])
+        if self.blocks == "one":
+            starts += width * rng.integers([example.blocks(width) for example in examples])
+            region = width
+        layout = Layout(torch.from_numpy(starts), length, region, width)
+        return self._batch([[example] for example in examples], layout)
+
+    def _packed(self, examples: Sequence[Example], width: int, rng: np.random.Generator) -> Batch:
+        """As few rows of the longest example's length as first fit, longest first, finds."""
+        longest = max(len(example.ids) for example in examples)
+        rows: list[list[Example]] = []
+        for example in sorted(examples, key=lambda example: -len(example.ids)):
+            fits = (row for row in rows if sum(len(other.ids) for other in row) + len(example.ids) <= longest)
+            row = next(fits, None)
+            rows.append([example]) if row is None else row.append(example)
+        begins = [self._begins(row, width, rng) for row in rows]
+        most, fewest = max(map(len, begins)), min(map(len, begins))
+        # A row with fewer blocks than others gets unsupervised ones, in padding that no document owns.
+        length = longest + (width if fewest < most else 0)
+        starts, segments = np.full((len(rows), most), length - width), np.full((len(rows), length), -1)
+        for number, row in enumerate(rows):
+            starts[number, : len(begins[number])] = begins[number]
+            owners = np.repeat(np.arange(len(row)), [len(example.ids) for example in row])
+            segments[number, : len(owners)] = owners
+        layout = Layout(torch.from_numpy(starts), length, most * width, width, segments=torch.from_numpy(segments))
+        return self._batch(rows, layout)
+
+    def _begins(self, row: Sequence[Example], width: int, rng: np.random.Generator) -> list[int]:
+        """Where in a packed row the blocks of its documents begin."""
+        begins: list[int] = []
+        at = 0
+        for example in row:
+            blocks = np.arange(example.blocks(width))
+            chosen = blocks if self.blocks == "all" else rng.choice(blocks, 1)
+            begins += (at + example.start + width * chosen).tolist()
+            at += len(example.ids)
+        return begins
+
+    def _batch(self, rows: Sequence[Sequence[Example]], layout: Layout) -> Batch:
+        shape = len(rows), layout.length
+        ids, valid, answers = np.full(shape, self.pad, dtype=np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
+        for number, row in enumerate(rows):
+            at = 0
+            for example in row:
+                part = slice(at, at := at + len(example.ids))
+                ids[number, part], valid[number, part] = example.ids, example.valid
+                answers[number, part] = example.valid if example.answers is None else example.answers
+                answers[number, part.start] = False  # its only context would be another document
+        apart = any(example.answers is not None for row in rows for example in row) or layout.segments is not None
+        return Batch(
+            torch.from_numpy(ids), torch.from_numpy(valid), layout, torch.from_numpy(answers) if apart else None
+        )
 
 
 def _pick(rng: np.random.Generator, items: Sequence[T], weights: Sequence[float]) -> T:

@@ -23,7 +23,8 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, embed: Tensor, targets: Tensor, weights: Tensor, cap: float, seen: Any
     ) -> Any:
         grad_hidden = torch.empty_like(hidden)
-        grad_embed = torch.zeros(embed.shape, dtype=torch.float32, device=embed.device)
+        wanted = ctx.needs_input_grad[1]  # not with LoRA, and an embedding may be large
+        grad_embed = torch.zeros(embed.shape if wanted else (0,), dtype=torch.float32, device=embed.device)
         losses = torch.empty(hidden.shape[0], device=hidden.device)
         for begin in range(0, hidden.shape[0], _ROWS):
             part = slice(begin, begin + _ROWS)
@@ -39,7 +40,8 @@ class _HeadLoss(torch.autograd.Function):
             slope.mul_(bent.square_().neg_().add_(1.0)).mul_(weights[part, None])
             slope_low = slope.to(embed.dtype)
             grad_hidden[part] = slope_low @ embed
-            grad_embed += slope_low.t() @ hidden[part]
+            if wanted:
+                grad_embed += slope_low.t() @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_embed)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -47,7 +49,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_hidden, grad_embed = ctx.saved_tensors
-        return grad_hidden * grads[0], (grad_embed * grads[0]).to(grad_hidden.dtype), None, None, None, None
+        slope = (grad_embed * grads[0]).to(grad_hidden.dtype) if ctx.needs_input_grad[1] else None
+        return grad_hidden * grads[0], slope, None, None, None, None
 
 
 def head_loss(

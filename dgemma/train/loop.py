@@ -1,28 +1,32 @@
-"""The training loop: steps, metrics, checkpoints that survive a kill, resume that continues the same run."""
+"""The training loop: steps, checkpoints that survive a kill, resume that continues the very same run.
+
+It knows neither files of text nor recipes: batches are functions of the step, the loss is a function of a batch.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.checkpoint import checkpoint
 
-from dgemma.diffusion.loss import Objective, by_noise_level
-from dgemma.errors import DataError
+from dgemma.errors import ConfigError, DataError
 from dgemma.model import DiffusionGemma
+from dgemma.train import state
+from dgemma.train.metrics import Journal, Record
 from dgemma.train.objective import Batch, Losses, denoising_loss
-from dgemma.train.optim import MasterOptimizer, wsd
+from dgemma.train.optim import MasterOptimizer, OptimConfig, ScheduleConfig, rate
+from dgemma.train.parallel import Parallel
 
-NOISE_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0)
+Loss = Callable[..., Losses]
+"""`(model, batch, generator, part=(rank, world)) -> Losses`."""
 
 
 class Batches(Protocol):
@@ -37,92 +41,140 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """Length and schedule of a run. `decay_share` of the steps cool down linearly to zero."""
+    """Length of a run and how it computes.
+
+    A step is `accumulation` batches. `precision` bf16 keeps bfloat16 weights beside float32 masters. `recompute`
+    is activation checkpointing: a layer's activations are computed again in the backward pass.
+    """
 
     steps: int
-    warmup: int = 30
-    decay_share: float = 0.4
-    lr: float = 0.012
-    adam_lr: float = 0.003
+    accumulation: int = 1
+    precision: str = "bf16"
+    recompute: bool = False
     seed: int = 0
-    save_every: int = 25
-    objective: Objective = Objective()
+    save_every: int = 50
+    keep: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"loop.precision must be bf16 or fp32, got {self.precision!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def train(model: DiffusionGemma, batches: Batches, config: LoopConfig, folder: Path) -> bool:
-    """Run or resume in `folder` (`state.pt`, `metrics.jsonl`). True when finished, false when interrupted and saved.
+@dataclass
+class Run:
+    """A run at one moment: what is trained, how far it is. `finished` says whether the last step was done."""
 
-    Batches, noise and signals are functions of (seed, step), so a resumed run repeats nothing and skips nothing.
+    optimizer: MasterOptimizer
+    step: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+def train(
+    model: DiffusionGemma,
+    batches: Batches,
+    config: LoopConfig,
+    folder: Path,
+    *,
+    optimizer: OptimConfig | None = None,
+    schedule: ScheduleConfig | None = None,
+    loss: Loss = denoising_loss,
+    before_step: Callable[[int], None] | None = None,
+    parallel: Parallel | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> Run:
+    """Run or resume in `folder` (`state/`, `metrics.jsonl`); SIGINT and SIGTERM save and return.
+
+    `model` comes in float32 and is cast if the configuration says so. `before_step(step)` may freeze parameters.
+    `identity` is what must not change between a run and its resumption (`ConfigError` names the difference).
+    Raises `DataError` when the loss is not finite: the last saved state stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = MasterOptimizer(model.named_parameters(), lr=config.lr, adam_lr=config.adam_lr)
-    state_file = folder / "state.pt"
-    begin, seconds = 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        optimizer.load_state(state["optimizer"])
-        begin, seconds = state["step"], state["seconds"]
-    stop = _Interrupt()
-    with (
-        stop,
-        Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        ) as progress,
-        (folder / "metrics.jsonl").open("a") as log,
-    ):
-        task = progress.add_task("training", total=config.steps, completed=begin)
-        for step in range(begin, config.steps):
+    if config.recompute:
+        _recompute(model)
+    parallel = parallel or Parallel()
+    schedule = schedule or ScheduleConfig()
+    exact = {} if config.dtype == torch.float32 or parallel.world > 1 else _copies(model)
+    compute = parallel.wrap(model.to(config.dtype), loss)
+    run = Run(MasterOptimizer(model.named_parameters(), optimizer or OptimConfig()))
+    for kind in (run.optimizer.masters, run.optimizer.average):
+        for name, value in kind.items():
+            value.copy_(exact.get(name, value))
+    _resume(run, folder, dict(identity or {}))
+    save = partial(_save, run, folder, dict(identity or {}), config.keep)
+    with _Interrupt() as stop, Journal(folder, run.step, config, quiet=parallel.rank > 0) as journal:
+        while run.step < config.steps:
+            if before_step is not None:
+                before_step(run.step)
             started = time.monotonic()
-            batch = batches.batch(step)
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            losses = denoising_loss(model, batch, generator, config.objective)
-            losses.total.backward()
-            norm = optimizer.step(wsd(step, config.steps, config.warmup, config.decay_share))
-            seconds += time.monotonic() - started
-            record = _record(step, losses, norm, seconds, batch.ids.shape[0], batches.source_name(step))
-            if not math.isfinite(record["canvas"]):
-                raise DataError(f"step {step}: the loss is {record['canvas']}; lower the learning rate ({config.lr})")
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            rate = losses.t.numel() / (time.monotonic() - started)
-            progress.update(task, advance=1, description=f"{_text(record)}  {rate:,.0f} tok/s")
-            last = step + 1 == config.steps
-            if last or stop.asked or (step + 1) % config.save_every == 0:
-                state = {
-                    "step": step + 1,
-                    "seconds": seconds,
-                    "optimizer": optimizer.state(),
-                    "loop": asdict(config),
-                }
-                save_atomically(state_file, partial(torch.save, state))
-            if stop.asked and not last:
-                return False
-    return True
+            record = _step(compute, batches, run, config, rate(schedule, run.step, config.steps), parallel)
+            run.step += 1
+            run.seconds += time.monotonic() - started
+            record.seconds = round(run.seconds, 1)
+            if not math.isfinite(record.canvas + record.encoder + record.grad_norm):
+                raise DataError(f"step {record.step}: the loss is {record.canvas}; lower the learning rate")
+            journal.write(record, time.monotonic() - started)
+            asked = parallel.any(stop.asked)
+            if run.step == config.steps or asked or run.step % config.save_every == 0:
+                save()
+            if asked:
+                break
+    run.finished = run.step >= config.steps
+    return run
 
 
-def _record(step: int, losses: Losses, norm: float, seconds: float, rows: int, source: str) -> dict[str, Any]:
-    return {
-        "step": step,
-        "source": source,
-        "rows": rows,
-        "canvas": float(losses.canvas),
-        "encoder": float(losses.encoder),
-        "by_t": by_noise_level(losses.per_position, losses.valid, losses.t, NOISE_EDGES),
-        "grad_norm": norm,
-        "tokens": int(losses.valid.sum()),
-        "seconds": round(seconds, 1),
-    }
+def _step(compute: Loss, batches: Batches, run: Run, config: LoopConfig, scale: float, parallel: Parallel) -> Record:
+    """One optimiser step over `accumulation` batches. Their noise has seeds of its own."""
+    record = Record(run.step)
+    for micro in range(config.accumulation):
+        at = run.step * config.accumulation + micro
+        batch = batches.batch(at)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + at)
+        losses = compute(batch, generator)
+        (losses.total / config.accumulation).backward()
+        record.add(batches.source_name(at), len(batch.ids), losses, parallel, config.accumulation)
+    record.grad_norm = run.optimizer.step(scale)
+    return record
 
 
-def _text(record: dict[str, Any]) -> str:
-    return f"canvas {record['canvas']:.3f}  encoder {record['encoder']:.3f}"
+def _save(run: Run, folder: Path, identity: dict[str, Any], keep: int) -> None:
+    info = {"step": run.step, "seconds": run.seconds, "identity": identity}
+    state.save(folder / "state", run.step, run.optimizer.state(), info, keep=keep)
 
 
-def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename over it: a kill leaves the old file or the new one, never half of one."""
-    beside = path.with_suffix(".part")
-    write(beside)
-    os.replace(beside, path)
+def _resume(run: Run, folder: Path, identity: dict[str, Any]) -> None:
+    found = state.latest(folder / "state")
+    if found is None:
+        return
+    tensors = run.optimizer.state()
+    info = state.load(found, tensors)
+    before = info["identity"]
+    changed = [key for key in sorted({*before, *identity}) if before.get(key) != identity.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run whose {', '.join(changed)} differ from this recipe's; choose another folder, or "
+            "give the recipe that it was started with"
+        )
+    run.optimizer.load_state(tensors)
+    run.step, run.seconds = info["step"], info["seconds"]
+
+
+def _copies(model: DiffusionGemma) -> dict[str, torch.Tensor]:
+    """The float32 weights before they are rounded: masters begin with these."""
+    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
+
+
+def _recompute(model: DiffusionGemma) -> None:
+    for block in model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 class _Interrupt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class Losses:
 
 @dataclass(frozen=True)
 class Noise:
-    """All that chance decides about a batch: `clean, valid, t, noisy, replaced [N, R]`, and who is `told [N]`."""
+    """All that chance decides about a batch: `clean, valid, t, noisy, replaced [N, R]`, who is `told [N]`, and the
+    prediction of which pass they are told."""
 
     clean: Tensor
     valid: Tensor
@@ -52,10 +53,11 @@ class Noise:
     noisy: Tensor
     replaced: Tensor
     told: Tensor
+    passes: int = 1
 
     @staticmethod
-    def draw(batch: Batch, vocab: int, told_share: float, generator: torch.Generator) -> Noise:
-        """Every block gets its own noise level, every noisy row is told a first prediction with `told_share`."""
+    def draw(batch: Batch, vocab: int, objective: Objective, generator: torch.Generator) -> Noise:
+        """Every block gets its own noise level."""
         layout = batch.layout
         where = layout.canvas_positions()
         clean = batch.ids.repeat_interleave(layout.draws, dim=0).gather(1, where)
@@ -64,10 +66,15 @@ class Noise:
         t = torch.rand(len(clean), blocks, generator=generator) * (T_MAX - T_MIN) + T_MIN
         t = t.repeat_interleave(layout.width, dim=1)
         noisy, replaced = corrupt(clean, t, vocab, generator)
-        return Noise(clean, valid, t, noisy, replaced, torch.rand(len(clean), generator=generator) < told_share)
+        told = torch.rand(len(clean), generator=generator) < objective.self_conditioning
+        most, passes = objective.signal_passes, 1
+        if most > 1 and told.any():
+            passes = int(torch.randint(most, (1,), generator=generator)) + 1
+        return Noise(clean, valid, t, noisy, replaced, told, passes)
 
     def rows(self, rows: Tensor) -> Noise:
-        return Noise(*(value[rows] for value in vars(self).values()))
+        parts = {name: value[rows] for name, value in vars(self).items() if name != "passes"}
+        return Noise(**parts, passes=self.passes)
 
 
 def denoising_loss(
@@ -83,11 +90,11 @@ def denoising_loss(
     weight of long examples. A noisy row that is told gets the prediction of a first pass without gradient.
     `part = (rank, world)` computes every world-th example only; the parts' losses add up to the whole batch's.
     """
-    noise = Noise.draw(batch, model.config.vocab_size, objective.self_conditioning, generator)
+    noise = Noise.draw(batch, model.config.vocab_size, objective, generator)
     targets = batch.valid if batch.encoder_valid is None else batch.encoder_valid
     encoder_weights = targets[:, 1:].float()
     weights = canvas_weights(objective, noise.valid, noise.replaced)
-    whole = encoder_weights.sum(), weights.sum()
+    whole, anyone = (encoder_weights.sum(), weights.sum()), bool(noise.told.any())
     rank, world = part
     if world > 1:
         batch, encoder_weights = _share(batch, rank, world), encoder_weights[rank::world]
@@ -103,24 +110,33 @@ def denoising_loss(
     if wanted:
         encoder, _ = head_loss(model, hidden[:, :-1], ids[:, 1:], encoder_weights[:, : layout.length - 1], whole[0])
 
+    if not objective.canvas_weight:
+        none, total = torch.zeros(()), objective.encoder_weight * encoder
+        return Losses(total, none, encoder.detach(), torch.zeros_like(noise.t), noise.valid, noise.t)
     where = layout.canvas_positions()
     places = (torch.arange(layout.region) % layout.width).expand(len(where), -1)
     soft = torch.zeros(*where.shape, model.config.hidden_size, dtype=dtype)
     told = noise.told.nonzero().flatten()
-    if len(told):
+    if anyone:
+        # Sharded weights are gathered at every pass, so a rank none of whose rows is told goes along with one.
+        rows = told if len(told) else told.new_zeros(1)
+        signal = None
         with torch.no_grad():
-            first = model.denoise(noise.noisy[told], where[told], attend.only(told).denoise, None, places[told])
-            soft[told] = soft_signal(model, first)
+            for _ in range(noise.passes):
+                before = model.denoise(noise.noisy[rows], where[rows], attend.only(rows).denoise, signal, places[rows])
+                signal = soft_signal(model, before)
+        assert signal is not None
+        soft[told] = signal[: len(told)]
     hidden = model.denoise(noise.noisy, where, attend.denoise, soft, places)
     bonus = observation_bonus(objective, noise.t, model.config.vocab_size)
     seen = None if bonus is None else (noise.noisy, bonus)
     canvas, losses = head_loss(model, hidden, noise.clean, weights, whole[1], seen)
-    total = canvas + objective.encoder_weight * encoder
+    total = objective.canvas_weight * canvas + objective.encoder_weight * encoder
     return Losses(total, canvas.detach(), encoder.detach(), losses, noise.valid, noise.t)
 
 
 def _share(batch: Batch, rank: int, world: int) -> Batch:
     """Every world-th example."""
-    layout = replace(batch.layout, start=batch.layout.start[rank::world])
-    valid = None if batch.encoder_valid is None else batch.encoder_valid[rank::world]
-    return Batch(batch.ids[rank::world], batch.valid[rank::world], layout, valid)
+    part = slice(rank, None, world)
+    answers = None if batch.encoder_valid is None else batch.encoder_valid[part]
+    return Batch(batch.ids[part], batch.valid[part], batch.layout.examples(part), answers)

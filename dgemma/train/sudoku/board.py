@@ -21,16 +21,17 @@ UNITS: list[tuple[str, np.ndarray]] = [
 def parse(text: str) -> np.ndarray:
     """81 characters, digits with `.` or `0` for blanks (white space is skipped) -> `[81]` int8.
 
-    Raises `DataError` for another length or character, and for a digit that stands twice in a row, column or box.
+    Raises `DataError` for another length or character, for a digit that stands twice in a row, column or box, and for
+    a blank in which no digit can stand or a digit that has no place left in one.
     """
     symbols = "".join(text.split())
     if len(symbols) != 81:
-        raise DataError(f"a puzzle has 81 cells, got {len(symbols)} characters: {text.strip()!r}")
+        raise DataError(f"a puzzle has 81 cells, got {len(symbols)} characters: {symbols[:90]!r}")
     for at, symbol in enumerate(symbols):
         if symbol not in ".0123456789":
             raise DataError(f"cell {at + 1}: a cell is 1-9, or . or 0 for a blank; got {symbol!r}")
     board = np.array([0 if symbol == "." else int(symbol) for symbol in symbols], dtype=np.int8)
-    if clash := conflict(board):
+    if clash := conflict(board) or dead_end(board):
         raise DataError(f"the puzzle contradicts itself: {clash}")
     return board
 
@@ -50,11 +51,38 @@ def conflict(board: np.ndarray) -> str | None:
     return None
 
 
+def dead_end(board: np.ndarray) -> str | None:
+    """Which blank has no digit left, or which digit has no place left in a unit; None where one look finds neither."""
+    open_ = np.zeros((81, 10), dtype=bool)
+    for at in np.flatnonzero(board == 0).tolist():
+        peers = (ROW[at] == ROW) | (COLUMN[at] == COLUMN) | (BOX[at] == BOX)
+        open_[at] = ~np.isin(np.arange(10), board[peers])
+        if not open_[at].any():
+            return f"no digit is left for {place(at)}"
+    for name, cells in UNITS:
+        for digit in range(1, 10):
+            if digit not in board[cells] and not open_[cells, digit].any():
+                return f"{digit} has no place left in {name}"
+    return None
+
+
+def place(cell: int) -> str:
+    """A cell `0..80` in words."""
+    return f"row {ROW[cell] + 1}, column {COLUMN[cell] + 1}"
+
+
 def solves(solution: np.ndarray, puzzle: np.ndarray) -> bool:
     """Whether `solution` is complete, breaks no rule and keeps every given. Needs no answer key."""
-    complete = bool(((solution >= 1) & (solution <= 9)).all())
-    kept = bool((solution[puzzle > 0] == puzzle[puzzle > 0]).all())
-    return complete and kept and conflict(solution) is None
+    return fault(solution, puzzle) is None
+
+
+def fault(solution: np.ndarray, puzzle: np.ndarray) -> str | None:
+    """Why `solution` does not solve `puzzle` (`[81]` each), in words; None if it does."""
+    for at in np.flatnonzero((solution < 1) | (solution > 9)).tolist():
+        return f"{place(at)} is empty"
+    for at in np.flatnonzero((puzzle > 0) & (solution != puzzle)).tolist():
+        return f"the given {puzzle[at]} in {place(at)} became {solution[at]}"
+    return conflict(solution)
 
 
 _ORDERS = np.array(list(itertools.permutations(range(3))))
@@ -81,6 +109,8 @@ _COLUMNS = np.array(
     ]
 )
 
+_PLACES = 10 ** np.arange(8, -1, -1)
+
 
 def canonical(solution: np.ndarray) -> bytes:
     """The same 81 bytes for all solved grids that symmetries turn into each other, and for no others.
@@ -88,21 +118,21 @@ def canonical(solution: np.ndarray) -> bytes:
     The smallest reading over transposition, every choice of first row and every order of columns: relabelling makes
     the first row 1..9, and the order of the other rows follows from their first digits.
     """
-    best: bytes | None = None
+    best = b"~"
     square = solution.reshape(9, 9).astype(np.int64)
     for grid in (square, square.T):
         for first in range(9):
             names = np.empty((len(_COLUMNS), 10), dtype=np.int64)
             np.put_along_axis(names, grid[first][_COLUMNS], np.arange(1, 10)[None], axis=1)
             # Row `first` leads; its band comes first, rows sorted by their first digit, then bands likewise.
-            heads = names[np.arange(len(_COLUMNS))[:, None], grid[:, _COLUMNS[:, 0]].T]
-            bands = heads.reshape(-1, 3, 3)
-            rows = np.argsort(bands, axis=2)
-            order = np.argsort(bands.min(axis=2), axis=1)
-            picked = np.take_along_axis(rows + 3 * np.arange(3)[None, :, None], order[:, :, None], axis=1)
-            whole = grid[picked.reshape(-1, 9)[:, :, None], _COLUMNS[:, None, :]]
-            named = np.take_along_axis(names, whole.reshape(len(_COLUMNS), 81), axis=1).astype(np.uint8)
-            smallest = named[np.lexsort(named.T[::-1])[0]].tobytes()
-            best = smallest if best is None or smallest < best else best
-    assert best is not None
+            heads = np.take_along_axis(names, grid[:, _COLUMNS[:, 0]].T, axis=1).reshape(-1, 3, 3)
+            rows = np.argsort(heads, axis=2) + 3 * np.arange(3)[:, None]
+            order = np.argsort(heads.min(axis=2), axis=1)
+            picked = np.take_along_axis(rows, order[:, :, None], axis=1).reshape(-1, 9)
+            # The second row decides for nearly all orders; only those that share the smallest one are written out.
+            second = np.take_along_axis(names, grid[picked[:, 1:2], _COLUMNS], axis=1) @ _PLACES
+            least = np.flatnonzero(second == second.min())
+            whole = grid[picked[least][:, :, None], _COLUMNS[least][:, None, :]].reshape(len(least), 81)
+            named = np.take_along_axis(names[least], whole, axis=1).astype(np.uint8)
+            best = min(best, *(row.tobytes() for row in named))
     return best

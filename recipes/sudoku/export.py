@@ -1,0 +1,95 @@
+"""Turn a snapshot or state of the Sudoku run into the checkpoint folder that dgemma loads, with its tokenizer.
+
+python recipes/sudoku/export.py runs/sudoku/snap-2600.pt dgemma/models/sudoku
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from dgemma.checkpoint.save import save_checkpoint  # noqa: E402
+from dgemma.config import GenerationConfig  # noqa: E402
+from dgemma.train.sudoku.examples import BLANK, BOS, EOS, PAD  # noqa: E402
+from dgemma.train.sudoku.network import new_sudoku_model, sudoku_config  # noqa: E402
+
+SPECIAL = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS}
+
+
+def generation_config() -> GenerationConfig:
+    """What `fit.py` found best: one canvas, steps that accept little, and no haste to stop."""
+    return GenerationConfig(
+        max_new_tokens=81,
+        max_denoising_steps=48,
+        entropy_bound=0.01,
+        t_min=0.6,
+        t_max=1.0,
+        stability_threshold=1,
+        confidence_threshold=0.005,
+        stop_tokens=(EOS,),
+        pad_token=PAD,
+    )
+
+
+def make_tokenizer() -> Tokenizer:
+    """One character a token: `.` and the digits. White space is dropped and `0` is another way to write `.`."""
+    symbols = {symbol: BLANK + digit for digit, symbol in enumerate(".123456789")}
+    tokenizer = Tokenizer(models.BPE(vocab=SPECIAL | symbols, merges=[]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("0", "."), normalizers.Replace(Regex(r"\s+"), "")])
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    return tokenizer
+
+
+def tokenizer_files() -> dict[str, bytes]:
+    """File name -> content, as Hugging Face lays a tokenizer out."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False, "model_max_length": 1024,
+        "pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>",
+    }  # fmt: skip
+    return {
+        "tokenizer.json": make_tokenizer().to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+
+
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """The master weights by name, from a snapshot (they alone) or a training state."""
+    data: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return data["optimizer"]["masters"] if "optimizer" in data else data
+
+
+def export(state: Path, folder: Path, generation: GenerationConfig | None = None) -> int:
+    """Write `folder` (an existing README.md stays); the number of parameters. Weights are stored in bfloat16."""
+    weights = weights_of(state)
+    model = new_sudoku_model(sudoku_config(), 0)
+    named = dict(model.named_parameters())
+    if named.keys() != weights.keys():
+        raise SystemExit(f"{state} is of another network: {', '.join(sorted(named.keys() ^ weights.keys()))}")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(weights[name])
+    save_checkpoint(folder, model.bfloat16(), generation or generation_config(), extra_files=tokenizer_files())
+    return sum(parameter.numel() for parameter in named.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("state", type=Path)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    print(f"{args.folder}: {export(args.state, args.folder):,} parameters")
+
+
+if __name__ == "__main__":
+    main()
