@@ -86,7 +86,10 @@ def test_the_student_learns_the_committed_tokens_at_states_of_the_way(monkeypatc
 
     spy("roll_out")
     spy("_states")
-    objective, settings = Objective(encoder_weight=0.5), SelfDistillation(steps=6, examples=2, states=2, weight=0.7)
+    objective = Objective(encoder_weight=0.5)
+    # Cold, as in engine_kit: the random teacher settles, but not everywhere in ten steps.
+    cold = {"t_min": 0.02, "t_max": 0.2, "entropy_bound": 4.0, "confidence_threshold": 0.8}
+    settings = SelfDistillation(steps=10, examples=2, states=2, weight=0.7, **cold)  # type: ignore[arg-type]
     losses = settings(model, batch, torch.Generator().manual_seed(0), teacher=teacher, objective=objective)
     losses.total.backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -99,7 +102,7 @@ def test_the_student_learns_the_committed_tokens_at_states_of_the_way(monkeypatc
     assert ran is teacher and sorted(wanted.sum(dim=1).tolist()) == [2, 3]
     every = []
     for example, draw, block in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(BLOCKS)).tolist():
-        if not wanted[example, block]:
+        if not path.settled[example, block]:
             continue
         step, prefix = int(steps[example, draw, block]), int(layout.start[example]) + block * WIDTH
         with torch.no_grad():
@@ -111,8 +114,8 @@ def test_the_student_learns_the_committed_tokens_at_states_of_the_way(monkeypatc
             alone = DenoiseAttend([cache], [WIDTH])
             hidden = model.denoise(canvas, where, alone, path.soft[step, example, block])
             every.append(torch.nn.functional.cross_entropy(model.logits(hidden), path.final[example, block]))
-    assert len(every) == 2 * 5
-    torch.testing.assert_close(losses.distil, torch.stack(every).mean(), atol=1e-4, rtol=1e-4)
+    assert 0 < len(every) < 2 * 5  # some did not settle, and count as nothing
+    torch.testing.assert_close(losses.distil, torch.stack(every).sum() / (2 * 5), atol=1e-4, rtol=1e-4)
 
 
 def test_states_cover_the_way_from_its_first_step_on() -> None:

@@ -63,10 +63,9 @@ def test_two_processes_have_the_losses_and_weights_of_one(runs: tuple[Results, l
     assert furthest(two[0]["plain"], two[1]["plain"]) == 0
 
 
-@pytest.mark.parametrize("name, far", [("muon at full rate", 5e-3), ("bf16", 2e-2)])
-def test_what_rounds_to_bfloat16_stays_near(runs: tuple[Results, list[Results], Path], name: str, far: float) -> None:
-    one, two = runs[0][name], runs[1][0][name]
-    assert (torch.tensor(one["losses"]) - torch.tensor(two["losses"])).abs().max() < far
+def test_bfloat16_weights_at_muons_full_rate_stay_near(runs: tuple[Results, list[Results], Path]) -> None:
+    one, two = runs[0]["bf16"], runs[1][0]["bf16"]
+    assert (torch.tensor(one["losses"]) - torch.tensor(two["losses"])).abs().max() < 2e-2
 
 
 def test_muon_on_shards_is_muon_bit_for_bit(runs: tuple[Results, list[Results], Path]) -> None:
@@ -169,7 +168,7 @@ import sys, torch
 from pathlib import Path
 from dgemma.train import state
 for step in range(1, 100000):
-    values = {name: torch.full((1_000_000,), float(step)) for name in "abcd"}
+    values = {name: torch.full((400_000,), float(step)) for name in "abcd"}
     state.save(Path(sys.argv[1]), step, values, {"step": step})
 """
 
@@ -188,7 +187,7 @@ def test_kill_9_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) ->
     assert list(tmp_path.glob("*.part")), "killed between two saves, not in one"
     last = state.latest(tmp_path)
     assert last is not None
-    filled = {name: torch.zeros(1_000_000) for name in "abcd"}
+    filled = {name: torch.zeros(400_000) for name in "abcd"}
     step = state.load(last, filled)["step"]
     assert step == json.loads((last / "info.json").read_text())["step"] == int(last.name[5:])
     assert all(bool((value == step).all()) for value in filled.values())

@@ -37,12 +37,14 @@ class Trajectory:
     """Canvases on their way, B examples of K blocks of C positions; step 0 is the first.
 
     `canvas [S, B, K, C]` is what each step read and `soft [S, B, K, C, H]` its signal; `taken [B, K]` counts the steps
-    until the block was stable (what is kept of later ones means nothing); `final [B, K, C]` was committed.
+    until the block was stable (what is kept of later ones means nothing); `final [B, K, C]` was committed. Blocks that
+    the stop rule did not end before the last step are not `settled [B, K]`.
     """
 
     canvas: Tensor
     soft: Tensor
     taken: Tensor
+    settled: Tensor
     final: Tensor
 
 
@@ -50,7 +52,8 @@ class Trajectory:
 class DistilLosses(Losses):
     """`Losses` of the ordinary part; `total` has the weighted distillation in it.
 
-    `distil` is the student's cross-entropy in nats, `teacher_steps` the mean steps of the teacher's canvases.
+    `distil` is the student's cross-entropy in nats a rolled-out position (0 where the teacher did not settle),
+    `teacher_steps` the mean steps of the teacher's canvases.
     """
 
     distil: Tensor
@@ -64,7 +67,8 @@ class SelfDistillation:
     `steps`, `entropy_bound`, `t_min`, `t_max`, `confidence_threshold`: the teacher's sampler settings (see
     `GenerationConfig`); a smaller bound makes a better and slower teacher, a t_min below 1 sharpens it. `examples` of a
     batch are rolled out. The student sees `states` of each trajectory, one from each equal part of it (the first part
-    begins with pure noise). `weight` multiplies the student's loss beside the ordinary one.
+    begins with pure noise); trajectories that did not settle teach nothing. `weight` multiplies the student's loss
+    beside the ordinary one.
     """
 
     steps: int = 24
@@ -141,7 +145,7 @@ class SelfDistillation:
         where = layout.canvas_positions()
         hidden = model.denoise(canvas, where, attend.denoise, soft, _places(layout).expand_as(where))
         targets = path.final.flatten(1).repeat_interleave(self.states, dim=0)
-        weights = wanted.float().repeat_interleave(width, dim=1).repeat_interleave(self.states, dim=0)
+        weights = path.settled.float().repeat_interleave(width, dim=1).repeat_interleave(self.states, dim=0)
         loss, _ = head_loss(model, hidden, targets, weights, begun[order].sum() * float(width * self.states))
         return loss, path.taken[wanted].float().sum() / wanted.sum().clamp(min=1)
 
@@ -198,6 +202,7 @@ def roll_out(
         canvas=torch.stack(canvases).view(shape),
         soft=torch.stack(softs).view(*shape, soft.shape[-1]),
         taken=taken.view(examples, blocks),
+        settled=(wanted.flatten() & ~going).view(examples, blocks),
         final=final.view(shape[1:]),
     )
 

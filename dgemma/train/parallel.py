@@ -98,7 +98,10 @@ class Parallel:
         return whole
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather sharded tensors on the CPU of every rank; all ranks call it with the same names in the same order."""
+        """Gather sharded tensors on the CPU of every rank; what is whole there already is not copied.
+
+        All ranks call it together, with the same names in the same order.
+        """
         return {
             name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
             for name, tensor in tensors.items()

@@ -157,8 +157,8 @@ class Recipe:
         steps = [stage.first_step for stage in self.stages]
         if steps != sorted(set(steps)) or steps[:1] == [0]:
             raise ConfigError(f"stages must come in rising order after step 0, got first steps {steps}")
-        if self.stages and self.distil is not None:
-            raise ConfigError("distil and stages exclude each other")
+        if self.distil is not None and (self.stages or self.lora is not None or self.model.init is None):
+            raise ConfigError("distil needs model.init, and neither stages nor lora")
         if self.lora is not None and self.freeze:
             raise ConfigError("lora and freeze exclude each other: LoRA freezes everything but its own deltas")
 

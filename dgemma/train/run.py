@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,7 +70,7 @@ def run_recipe(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> O
         before = measure(model, held, recipe.objective)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, recipe.loop.seed)
-    loss = _Staged(recipe)
+    loss = _Staged(recipe, model)
 
     def before_step(step: int) -> None:
         apply_freeze(model, recipe.freeze, step)
@@ -186,8 +187,12 @@ def _phases(section: DataSection) -> list[Phase]:
 class _Staged:
     """The recipe's loss; which of its stages counts is a function of the step."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        first: Loss = recipe.distil or partial(denoising_loss, objective=recipe.objective)
+    def __init__(self, recipe: Recipe, model: DiffusionGemma) -> None:
+        first: Loss = partial(denoising_loss, objective=recipe.objective)
+        if recipe.distil is not None:
+            # The teacher is where the run began, also when it is resumed.
+            teacher = copy.deepcopy(model).to(recipe.loop.dtype).eval().requires_grad_(False)
+            first = partial(recipe.distil, teacher=teacher, objective=recipe.objective)
         later = [(stage.first_step, partial(denoising_loss, objective=stage.objective)) for stage in recipe.stages]
         self._stages: list[tuple[int, Loss]] = [(0, first), *later]
         self._now = first

@@ -53,7 +53,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], info: dict[str, Any],
                 shutil.rmtree(old, ignore_errors=True)
         _together()
     except (OSError, CheckpointException) as error:
-        raise CheckpointError(f"{final}: cannot be written: {error}") from None
+        raise CheckpointError(f"{final}: cannot be written: {_cause(error)}") from None
     return final
 
 
@@ -72,10 +72,17 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
         info = json.loads((path / INFO).read_text(encoding="utf-8"))
         with _quiet():
             load_sharded(tensors, storage_reader=FileSystemReader(path))
-    # A damaged file shows as whatever its reader stumbles over; several ranks get a CheckpointException of these.
+    # A damaged file shows as whatever its reader stumbles over, outside of the reader's own exception too.
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, CheckpointException) as error:
-        raise CheckpointError(f"{path}: cannot be loaded: {str(error).strip()}") from None
+        raise CheckpointError(f"{path}: cannot be loaded: {_cause(error)}") from None
     return info
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong on the first rank where something did, without its traceback."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip() or type(error).__name__
 
 
 def _steps(folder: Path) -> list[Path]:

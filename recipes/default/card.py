@@ -255,6 +255,6 @@ Prose comes from packages:
 Held-out prose is chosen by the hash of a document's name after paragraphs were deduplicated; held-out stories have
 seeds of their own and none equals a training story.
 {run}
-To repeat all of it: `python recipes/default/build_data.py`, `python recipes/default/train.py`,
-`python recipes/default/export.py runs/default/state.pt dgemma/models/default`, `python recipes/default/report.py`.
+To repeat all of it: `python recipes/default/build_data.py`, `dgemma train recipes/default.yaml`,
+`dgemma train recipes/default-2.yaml`, copy `runs/default-2/model`, `python recipes/default/report.py`.
 """

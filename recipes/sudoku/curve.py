@@ -66,7 +66,7 @@ def draw(curve: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder with snap-STEP.pt")
+    parser.add_argument("run", type=Path, help="the folder of the run")
     parser.add_argument("--data", type=Path, default=Path("build/sudoku"))
     parser.add_argument("--json", type=Path, default=Path("build/sudoku/curve.json"))
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/sudoku.png"))
@@ -76,7 +76,10 @@ def main() -> None:
     curve: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
     if {name: curve.get(name) for name in settings} != settings:
         curve = settings | {"snapshots": {}}  # measured otherwise: begin again
-    found = {path.stem.removeprefix("snap-"): path for path in args.run.glob("snap-*.pt")}
+    found = {
+        str(int(path.stem.split("-")[1])): path
+        for path in (*args.run.glob("snap-*.pt"), *args.run.glob("state/step-*"))
+    }
     missing = sorted(found.keys() - curve["snapshots"].keys(), key=int)
     for step in track(missing, "snapshots"):
         curve["snapshots"][step] = measure(found[step], args.data, args.puzzles)

@@ -1,6 +1,6 @@
-"""Turn a snapshot or state of the Sudoku run into the checkpoint folder that dgemma loads, with its tokenizer.
+"""Turn a training state of the Sudoku run into the checkpoint folder that dgemma loads, with its tokenizer.
 
-python recipes/sudoku/export.py runs/sudoku/snap-2600.pt dgemma/models/sudoku
+python recipes/sudoku/export.py runs/sudoku/state/step-00002600 dgemma/models/sudoku
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from dgemma.checkpoint.save import save_checkpoint  # noqa: E402
 from dgemma.config import GenerationConfig  # noqa: E402
+from dgemma.train import state  # noqa: E402
 from dgemma.train.sudoku.examples import BLANK, BOS, EOS, PAD  # noqa: E402
 from dgemma.train.sudoku.network import new_sudoku_model, sudoku_config  # noqa: E402
 
@@ -63,19 +64,23 @@ def tokenizer_files() -> dict[str, bytes]:
     }
 
 
-def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    """The master weights by name, from a snapshot (they alone) or a training state."""
+def weights_of(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The float32 weights by name: of a training state (a folder), or of a file that holds them alone."""
+    if path.is_dir():
+        weights = {name: torch.empty_like(tensor) for name, tensor in like.items()}
+        state.load(path, {"masters": weights})
+        return weights
     data: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return data["optimizer"]["masters"] if "optimizer" in data else data
 
 
-def export(state: Path, folder: Path, generation: GenerationConfig | None = None) -> int:
+def export(source: Path, folder: Path, generation: GenerationConfig | None = None) -> int:
     """Write `folder` (an existing README.md stays); the number of parameters. Weights are stored in bfloat16."""
-    weights = weights_of(state)
     model = new_sudoku_model(sudoku_config(), 0)
     named = dict(model.named_parameters())
+    weights = weights_of(source, named)
     if named.keys() != weights.keys():
-        raise SystemExit(f"{state} is of another network: {', '.join(sorted(named.keys() ^ weights.keys()))}")
+        raise SystemExit(f"{source} is of another network: {', '.join(sorted(named.keys() ^ weights.keys()))}")
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(weights[name])
@@ -85,10 +90,10 @@ def export(state: Path, folder: Path, generation: GenerationConfig | None = None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("state", type=Path)
+    parser.add_argument("source", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    print(f"{args.folder}: {export(args.state, args.folder):,} parameters")
+    print(f"{args.folder}: {export(args.source, args.folder):,} parameters")
 
 
 if __name__ == "__main__":
