@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -281,3 +282,23 @@ def test_what_no_objective_can_be() -> None:
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Objective(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_ablation_chooses_by_its_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes/ablation"))
+    from table import YARDSTICKS, interval, summary, verdict
+
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)  # Student's t, two degrees of freedom
+
+    def seeds(**changes: float) -> list[dict[str, float]]:
+        base = dict.fromkeys(YARDSTICKS, 1.0) | changes
+        return [{key: value + noise for key, value in base.items()} for noise in (-0.01, 0.0, 0.01)]
+
+    official = seeds()
+    near, better, mixed = seeds(judge=0.96), seeds(judge=0.9), seeds(judge=0.9, consistency=0.9)
+    for rival, choice in ((near, "official"), (better, "leave_one_out"), (mixed, "official")):
+        lines = verdict({"official": official, "leave_one_out": rival})
+        assert lines[-1] == f"Default by the rule: {choice}."
+    assert "better on samples: judge" in lines[0] and "worse on samples: faultless" in lines[0]
+    assert "| tokens a forward | 1.000 ± 0.025 |" in summary({"official": official})

@@ -185,11 +185,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
 def test_fine_tuning_the_shipped_model_teaches_it(tmp_path: Path) -> None:
     """The recipe for examples of one's own, cut short: it answers with the examples' words."""
     folder = tmp_path / "run"
-    settings = ["loop.steps=24", "data.tokens=1024", f"data.cache={tmp_path / 'cache'}", "samples.prompts=[]"]
+    settings = [
+        "loop.steps=16",
+        "data.tokens=768",
+        "data.held_out=0",
+        f"data.cache={tmp_path / 'cache'}",
+        "samples.prompts=[]",
+    ]
     options = [part for setting in settings for part in ("--set", setting)]
     assert main(["train", str(REPO / "recipes" / "sft.yaml"), "--out", str(folder), *options]) == 0
     records = read_journal(folder)
-    assert sum(r["encoder"] for r in records[-4:]) < 0.5 * sum(r["encoder"] for r in records[:4])
+    assert sum(r["encoder"] for r in records[-4:]) < 0.6 * sum(r["encoder"] for r in records[:4])
     question = [{"role": "user", "content": "Who are you?"}]
     before, after = (
         LLM.load(name).chat(question, max_new_tokens=24, mode="ar", temperature=0.0)

@@ -62,6 +62,13 @@ def run_recipe(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> O
     Writes `state/` and `metrics.jsonl`, at the end `curves.png`, `model/`, and `adapter/` with LoRA.
     """
     parallel = Parallel.from_environment()
+    try:
+        return _run(recipe, folder, report, parallel)
+    finally:
+        parallel.close()
+
+
+def _run(recipe: Recipe, folder: Path, report: Callable[[str], None], parallel: Parallel) -> Outcome:
     say = report if parallel.rank == 0 else _silent
     start = build_model(recipe.model, recipe.loop.seed)
     batches, held = build_batches(recipe.data, start, recipe.loop.seed, say)
