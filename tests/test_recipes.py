@@ -22,7 +22,7 @@ from dgemma.errors import ConfigError
 from dgemma.train import state
 from dgemma.train.metrics import read_journal
 from dgemma.train.recipe import load_recipe, recipe_of
-from dgemma.train.run import build_model
+from dgemma.train.run import build_model, run_recipe
 
 REPO = Path(__file__).resolve().parent.parent
 RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
@@ -169,6 +169,45 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_same(tmp_path: Path
     assert saved[0] == saved[1]
     records = [[record | {"seconds": 0} for record in read_journal(tmp_path / name)] for name in ("whole", "cut")]
     assert records[0] == records[1] and len(records[0]) == 12
+
+
+def test_stages_change_the_objective_at_their_step(tmp_path: Path) -> None:
+    """From step 2 on the canvas is not trained: its loss is reported as zero."""
+    stages = [{"first_step": 2, "objective": {"canvas_weight": 0.0}}]
+    path = tiny(tmp_path, stages=stages, loop={"steps": 3, "precision": "fp32", "save_every": 1})
+    run_recipe(load_recipe(path), tmp_path / "run", print)
+    assert [record["canvas"] > 0 for record in read_journal(tmp_path / "run")] == [True, True, False]
+
+
+def test_two_processes_make_the_model_of_one(tmp_path: Path) -> None:
+    """The same recipe by `dgemma train` and under torchrun: one run, the same losses, the same result."""
+    recipe = tiny(
+        tmp_path,
+        optimizer={"name": "adamw", "lr": 0.003},
+        loop={"steps": 4, "precision": "fp32", "save_every": 2},
+        data={
+            "sources": [{"path": str(tmp_path / "text.jsonl")}], "widths": {8: 1}, "tokens": 512,
+            "cache": str(tmp_path / "cache"),
+        },
+    )  # fmt: skip
+    alone = command(recipe, "--out", tmp_path / "alone")
+    assert alone.wait(300) == 0, alone.stderr and alone.stderr.read().decode()
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dgemma"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*line, "train", str(recipe), "--out", str(tmp_path / "both")],
+        env=environment,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    one, two = (read_journal(tmp_path / name) for name in ("alone", "both"))
+    for key in ("canvas", "encoder"):
+        assert [r[key] for r in one] == pytest.approx([r[key] for r in two], abs=1e-5)
+    assert [r["tokens"] for r in one] == [r["tokens"] for r in two]
+    models = [dict(load_checkpoint(tmp_path / name / "model").model.named_parameters()) for name in ("alone", "both")]
+    for name, value in models[0].items():
+        torch.testing.assert_close(value, models[1][name], atol=1e-4, rtol=0)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:

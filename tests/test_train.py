@@ -27,7 +27,7 @@ from dgemma.train.head import head_loss, soft_signal
 from dgemma.train.init import new_model
 from dgemma.train.loop import LoopConfig, Run, train
 from dgemma.train.metrics import read_journal
-from dgemma.train.objective import Batch, Losses, denoising_loss
+from dgemma.train.objective import Batch, Losses, Noise, denoising_loss
 from dgemma.train.optim import OptimConfig, ScheduleConfig
 from dgemma.train.plot import plot_run
 
@@ -246,3 +246,27 @@ def test_unfit_loop_settings_are_refused() -> None:
     for wrong, text in (({"steps": 0}, "loop.steps"), ({"steps": 1, "precision": "fp8"}, "'fp8'")):
         with pytest.raises(ConfigError, match=text):
             LoopConfig(**wrong)
+
+
+def test_the_signal_is_the_last_of_several_passes() -> None:
+    """Against the passes written out; how many there were is part of the noise."""
+    model = new_model(CONFIG, 4)
+    ids, valid = torch.randint(3, 97, (2, 14)), torch.ones(2, 14, dtype=torch.bool)
+    batch = Batch(ids, valid, Layout(torch.tensor([6, 6]), 14, 8, 8))
+    objective = Objective(encoder_weight=0.0, self_conditioning=1.0, signal_passes=4)
+    seen = set()
+    for seed in range(6):
+        noise = Noise.draw(batch, 97, objective, torch.Generator().manual_seed(seed))
+        attend = BlockAttend(CONFIG, batch.layout.without_targets(), torch.float32)
+        where, places = batch.layout.canvas_positions(), torch.arange(8).expand(2, -1)
+        with torch.no_grad():
+            model.encode(ids[:, :6], torch.arange(6).expand(2, -1), attend.encode)
+            signal = None
+            for _ in range(noise.passes):
+                signal = soft_signal(model, model.denoise(noise.noisy, where, attend.denoise, signal, places))
+            logits = model.logits(model.denoise(noise.noisy, where, attend.denoise, signal, places))
+            plain = cross_entropy(logits, noise.clean, noise.valid).mean()
+        ours = denoising_loss(model, batch, torch.Generator().manual_seed(seed), objective)
+        torch.testing.assert_close(ours.canvas, plain, atol=1e-5, rtol=1e-5)
+        seen.add(noise.passes)
+    assert len(seen) > 1

@@ -51,6 +51,10 @@ class Layout:
         segments = None if self.segments is None else self.segments[rows]
         return replace(self, start=self.start[rows], segments=segments)
 
+    def to(self, place: torch.device) -> Layout:
+        segments = None if self.segments is None else self.segments.to(place)
+        return replace(self, start=self.start.to(place), segments=segments)
+
     def clean_mask(self, window: int | None) -> Tensor:
         """`[1 or B, L, L]`: clean query sees clean key."""
         q, k = torch.arange(self.length)[:, None], torch.arange(self.length)

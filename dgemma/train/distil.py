@@ -128,6 +128,8 @@ class SelfDistillation:
         """The student's loss of this part, and the mean steps of its teacher."""
         seed = int(torch.randint(2**62, (), generator=generator))
         order = torch.randperm(len(batch.ids), generator=generator)[: self.examples]
+        if model.embed.weight.device.type != "cpu":
+            raise ConfigError("self-distillation runs on the CPU only so far")
         rank, world = part
         width, chosen = batch.layout.width, order[rank::world]
         # A block is rolled out where the text has not ended before it.

@@ -43,12 +43,14 @@ class Batches(Protocol):
 class LoopConfig:
     """Length of a run and how it computes.
 
-    A step is `accumulation` batches. `precision` bf16 keeps bfloat16 weights beside float32 masters. `recompute`
-    is activation checkpointing: a layer's activations are computed again in the backward pass.
+    A step is `accumulation` batches. `device` auto is a CUDA GPU if there is one. `precision` bf16 keeps bfloat16
+    weights beside float32 masters. `recompute` is activation checkpointing: a layer's activations are computed again
+    in the backward pass.
     """
 
     steps: int
     accumulation: int = 1
+    device: str = "auto"
     precision: str = "bf16"
     recompute: bool = False
     seed: int = 0
@@ -60,8 +62,17 @@ class LoopConfig:
         for name in ("steps", "accumulation", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"loop.device must be auto, cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("loop.device is cuda, but torch sees no CUDA GPU here")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"loop.precision must be bf16 or fp32, got {self.precision!r}")
+
+    @property
+    def place(self) -> torch.device:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(name if self.device == "auto" else self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,12 +113,11 @@ def train(
         _recompute(model)
     parallel = parallel or Parallel()
     schedule = schedule or ScheduleConfig()
-    exact = {} if config.dtype == torch.float32 or parallel.world > 1 else _copies(model)
+    exact = {} if config.dtype == torch.float32 else _copies(model)
     compute = parallel.wrap(model.to(config.dtype), loss)
     run = Run(MasterOptimizer(model.named_parameters(), optimizer or OptimConfig()))
-    for kind in (run.optimizer.masters, run.optimizer.average):
-        for name, value in kind.items():
-            value.copy_(exact.get(name, value))
+    if exact:
+        run.optimizer.start_from(exact)
     _resume(run, folder, dict(identity or {}))
     save = partial(_save, run, folder, dict(identity or {}), config.keep)
     with _Interrupt() as stop, Journal(folder, run.step, config, quiet=parallel.rank > 0) as journal:

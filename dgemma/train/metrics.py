@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Record:
     grad_norm: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+    more: dict[str, float] = field(default_factory=dict)
+    """What a loss of its own kind tells beside."""
 
     def add(self, source: str, rows: int, losses: Losses, ranks: Any, batches: int) -> None:
         """Count one of `batches` batches; `ranks.sum` adds what each rank has of it."""
@@ -39,6 +41,8 @@ class Record:
         self.canvas += canvas / batches
         self.encoder += encoder / batches
         self.tokens += int(tokens)
+        own = {f.name for f in fields(losses)} - {f.name for f in fields(Losses)}
+        self.more = {name: float(getattr(losses, name)) for name in sorted(own)}
         self.by_t = by_noise_level(losses.per_position, losses.valid, losses.t, NOISE_EDGES)
 
 
@@ -90,6 +94,8 @@ class Journal:
                 self._board.add_scalar(name, getattr(record, name), record.step)
             for level, value in record.by_t.items():
                 self._board.add_scalar(f"canvas by noise level/{level}", value, record.step)
+            for name, value in record.more.items():
+                self._board.add_scalar(name, value, record.step)
             self._board.add_scalar("tokens per second", record.tokens / seconds, record.step)
 
     def __exit__(self, *_: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +75,14 @@ class Noise:
         return Noise(clean, valid, t, noisy, replaced, told, passes)
 
     def rows(self, rows: Tensor) -> Noise:
-        parts = {name: value[rows] for name, value in vars(self).items() if name != "passes"}
-        return Noise(**parts, passes=self.passes)
+        return self._each(lambda value: value[rows])
+
+    def to(self, place: torch.device) -> Noise:
+        return self._each(lambda value: value.to(place))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Noise:
+        tensors = {name: change(value) for name, value in vars(self).items() if name != "passes"}
+        return Noise(**tensors, passes=self.passes)
 
 
 def denoising_loss(
@@ -100,6 +108,27 @@ def denoising_loss(
         batch, encoder_weights = _share(batch, rank, world), encoder_weights[rank::world]
         rows = torch.arange(len(noise.t)).view(-1, batch.layout.draws)[rank::world].flatten()
         noise, weights = noise.rows(rows), weights[rows]
+    # Chance is drawn on the CPU, the same for every device; the rest happens where the model is.
+    place = model.embed.weight.device
+    with nullcontext() if place.type == "cpu" else place:
+        moved = _to(batch, place), noise.to(place), weights.to(place), encoder_weights.to(place)
+        return _loss(model, *moved, objective, whole, anyone)
+
+
+def _loss(
+    model: DiffusionGemma,
+    batch: Batch,
+    noise: Noise,
+    weights: Tensor,
+    encoder_weights: Tensor,
+    objective: Objective,
+    whole: tuple[Tensor, Tensor],
+    anyone: bool,
+) -> Losses:
+    """`weights [N, R]` and `encoder_weights [B, L - 1]` of these rows; `whole` are their sums over the whole batch.
+
+    `anyone` says whether some row of the whole batch is told.
+    """
 
     wanted = objective.encoder_weight > 0
     layout = batch.layout if wanted else batch.layout.without_targets()
@@ -118,7 +147,7 @@ def denoising_loss(
     soft = torch.zeros(*where.shape, model.config.hidden_size, dtype=dtype)
     told = noise.told.nonzero().flatten()
     if anyone:
-        # Sharded weights are gathered at every pass, so a rank none of whose rows is told goes along with one.
+        # Every rank makes the same passes: one none of whose rows is told goes along with a row.
         rows = told if len(told) else told.new_zeros(1)
         signal = None
         with torch.no_grad():
@@ -140,3 +169,8 @@ def _share(batch: Batch, rank: int, world: int) -> Batch:
     part = slice(rank, None, world)
     answers = None if batch.encoder_valid is None else batch.encoder_valid[part]
     return Batch(batch.ids[part], batch.valid[part], batch.layout.examples(part), answers)
+
+
+def _to(batch: Batch, place: torch.device) -> Batch:
+    answers = None if batch.encoder_valid is None else batch.encoder_valid.to(place)
+    return Batch(batch.ids.to(place), batch.valid.to(place), batch.layout.to(place), answers)

@@ -72,7 +72,7 @@ def _run(recipe: Recipe, folder: Path, report: Callable[[str], None], parallel: 
     say = report if parallel.rank == 0 else _silent
     start = build_model(recipe.model, recipe.loop.seed)
     batches, held = build_batches(recipe.data, start, recipe.loop.seed, say)
-    model, before = start.model, None
+    model, before = start.model.to(recipe.loop.place), None
     if held is not None:
         before = measure(model, held, recipe.objective)
     if recipe.lora is not None:
