@@ -45,7 +45,7 @@ class Size:
     tokens: int = 1024
     tune: float = 0.125
     scratch: tuple[float, ...] = (0.5, 1.0)
-    converted: tuple[float, ...] = (0.0625, 0.25, 0.5)
+    converted: tuple[float, ...] = (0.0625, 0.25, 0.5, 1.0)
     warm: float = 0.25
     ar: float = 1.0
     held_out: int = 4

@@ -256,5 +256,5 @@ Held-out prose is chosen by the hash of a document's name after paragraphs were 
 seeds of their own and none equals a training story.
 {run}
 To repeat all of it: `python recipes/default/build_data.py`, `dgemma train recipes/default.yaml`,
-`dgemma train recipes/default-2.yaml`, copy `runs/default-2/model`, `python recipes/default/report.py`.
+copy `runs/default/model`, `python recipes/default/report.py`.
 """

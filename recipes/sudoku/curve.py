@@ -1,6 +1,6 @@
 """How solving grows with training: solve rate and steps of every snapshot, into a JSON file and a figure.
 
-    python recipes/sudoku/curve.py runs/sudoku
+    python recipes/sudoku/curve.py runs/sudoku runs/sudoku-2
 
 Each snapshot is exported and asked the first puzzles of the held-out sets, with the settings of the shipped model. What
 the JSON file already holds is not measured again, so this can run again while a model still trains.
@@ -36,6 +36,10 @@ def measure(snapshot: Path, data: Path, count: int) -> dict[str, Any]:
     return row
 
 
+def step_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
 def draw(curve: dict[str, Any], path: Path) -> None:
     """Solve rates with their intervals, and mean steps, over the training steps."""
     import matplotlib
@@ -66,7 +70,7 @@ def draw(curve: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder of the run")
+    parser.add_argument("runs", type=Path, nargs="+", help="the folders of the run and of its continuations")
     parser.add_argument("--data", type=Path, default=Path("build/sudoku"))
     parser.add_argument("--json", type=Path, default=Path("build/sudoku/curve.json"))
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/sudoku.png"))
@@ -76,10 +80,12 @@ def main() -> None:
     curve: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
     if {name: curve.get(name) for name in settings} != settings:
         curve = settings | {"snapshots": {}}  # measured otherwise: begin again
-    found = {
-        str(int(path.stem.split("-")[1])): path
-        for path in (*args.run.glob("snap-*.pt"), *args.run.glob("state/step-*"))
-    }
+    found, before = dict[str, Path](), 0
+    for run in args.runs:
+        own = {step_of(path): path for path in (*run.glob("snap-*.pt"), *run.glob("state/step-*"))}
+        # States of a continuation count from its own beginning.
+        found |= {str(before + step): path for step, path in own.items()}
+        before += max(own, default=0)
     missing = sorted(found.keys() - curve["snapshots"].keys(), key=int)
     for step in track(missing, "snapshots"):
         curve["snapshots"][step] = measure(found[step], args.data, args.puzzles)

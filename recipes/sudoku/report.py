@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,19 +74,22 @@ def measure(llm: LLM, sets: dict[str, Puzzles], args: argparse.Namespace, bar: P
     return rows
 
 
-def training(run: Path, machine: str) -> dict[str, Any] | None:
-    """What the run took, from its metrics; a resumed run repeats some steps, of which the last counts."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
+def training(runs: Sequence[Path], machine: str) -> dict[str, Any] | None:
+    """What the runs took together, from their metrics; a resumed run repeats some steps, of which the last counts."""
+    rows, seconds = [], 0.0
+    for run in runs:
+        if (run / "metrics.jsonl").is_file():
+            records = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+            rows += [records[step] for step in sorted(records)]
+            seconds += rows[-1]["seconds"]
+    if not rows:
         return None
-    records = {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
-    rows = [records[step] for step in sorted(records)]
     return {
         "machine": machine,
-        "steps": rows[-1]["step"] + 1,
+        "steps": len(rows),
         "boards_a_step": rows[-1]["rows"],
         "canvas_tokens": sum(row["tokens"] for row in rows),
-        "hours": rows[-1]["seconds"] / 3600,
+        "hours": seconds / 3600,
         "canvas_loss_last_50": float(np.mean([row["canvas"] for row in rows[-50:]])),
     }
 
@@ -128,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("dgemma/models/sudoku"))
     parser.add_argument("--data", type=Path, default=Path("build/sudoku"))
-    parser.add_argument("--run", type=Path, default=Path("runs/sudoku"))
+    parser.add_argument("--runs", type=Path, nargs="+", default=[Path("runs/sudoku"), Path("runs/sudoku-2")])
     parser.add_argument("--ar", type=Path, help="the checkpoint folder of an autoregressive twin")
     parser.add_argument("--puzzles", type=int, help="of each set, the first ones (all)")
     parser.add_argument("--attempts", type=int, default=4, help="of verified best-of-n (4)")
@@ -162,7 +165,7 @@ def main() -> None:
         "seeds": "puzzle i of a set has seed i; attempt k is choice k - 1 of that seed",
         "data": facts({"train": train, **used}),
         "sets": rows,
-        "training": training(args.run, args.trained_on),
+        "training": training(args.runs, args.trained_on),
         "curve": json.loads(curve.read_text()) if curve.exists() else None,
     }
     (args.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
