@@ -24,7 +24,7 @@ from dgemma.errors import CheckpointError, ConfigError
 from dgemma.model import DiffusionGemma
 from dgemma.train.attend import Layout
 from dgemma.train.lora import TARGETS, LoraConfig, add_lora, is_adapted, load_adapter, merge, save_adapter
-from dgemma.train.lora_sites import layers_of, tensors_of
+from dgemma.train.lora.sites import layers_of, tensors_of
 from dgemma.train.objective import Batch, denoising_loss
 
 peft = pytest.importorskip("peft")

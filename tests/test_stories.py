@@ -6,9 +6,8 @@ import re
 
 import pytest
 
-from dgemma.train import story_words as words
-from dgemma.train.stories import Story, check, consistency, make_chat, make_story
-from dgemma.train.story_grammar import gender_of, plots, split_sentences
+from dgemma.train.stories import Story, check, consistency, make_chat, make_story, words
+from dgemma.train.stories.grammar import gender_of, plots, split_sentences
 
 STORIES = [make_story(seed) for seed in range(1000)]
 ALL_NAMES = words.BOYS + words.GIRLS + words.HE_ANIMALS + words.SHE_ANIMALS

@@ -21,8 +21,8 @@ from dgemma.errors import ConfigError, DataError
 from dgemma.kernels import reference
 from dgemma.model import DiffusionGemma
 from dgemma.train.attend import BlockAttend, Layout
-from dgemma.train.data import Mixture, Phase
-from dgemma.train.documents import Source
+from dgemma.train.data.documents import Source
+from dgemma.train.data.mixture import Mixture, Phase
 from dgemma.train.head import head_loss, soft_signal
 from dgemma.train.init import new_model
 from dgemma.train.loop import LoopConfig, Run, train

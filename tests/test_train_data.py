@@ -18,8 +18,8 @@ from dgemma.diffusion.loss import cross_entropy, masked_mean
 from dgemma.errors import ConfigError, DataError
 from dgemma.model import DiffusionGemma
 from dgemma.train.attend import BlockAttend, Layout
-from dgemma.train.data import Mixture, Phase
-from dgemma.train.documents import PIECE, Source
+from dgemma.train.data.documents import PIECE, Source
+from dgemma.train.data.mixture import Mixture, Phase
 from dgemma.train.init import new_model
 from dgemma.train.objective import Batch
 

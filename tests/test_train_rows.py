@@ -13,10 +13,10 @@ import pytest
 from dgemma.errors import ConfigError, DataError
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
-from dgemma.train.data import Mixture, Phase
-from dgemma.train.documents import Source
-from dgemma.train.reading import Rows
-from dgemma.train.rows import SourceSpec, load_sources
+from dgemma.train.data.documents import Source
+from dgemma.train.data.mixture import Mixture, Phase
+from dgemma.train.data.reading import Rows
+from dgemma.train.data.rows import SourceSpec, load_sources
 
 MODEL = Path(__file__).resolve().parent.parent / "dgemma" / "models" / "default"
 TOKENIZER = Tokenizer.load(MODEL)

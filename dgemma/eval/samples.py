@@ -121,7 +121,7 @@ class StoryScore:
 
 
 def story_score(texts: Sequence[str]) -> StoryScore:
-    """Reads whole stories (prompt and continuation); see `train.story_check`."""
+    """Reads whole stories (prompt and continuation); see `train.stories.reader`."""
     shares = np.array([consistency(text) for text in texts])
     error = float(shares.std(ddof=1) / len(shares) ** 0.5) if len(shares) > 1 else 0.0
     clean = sum(not check(text) for text in texts) / max(1, len(texts))

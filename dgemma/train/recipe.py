@@ -15,12 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from dgemma.config import LayerConfig, ModelConfig
 from dgemma.diffusion.loss import Objective
 from dgemma.errors import ConfigError
+from dgemma.train.data.rows import SourceSpec
 from dgemma.train.distil import SelfDistillation
 from dgemma.train.freeze import FreezePhase
 from dgemma.train.loop import LoopConfig
 from dgemma.train.lora import LoraConfig
 from dgemma.train.optim import OptimConfig, ScheduleConfig
-from dgemma.train.rows import SourceSpec
 
 
 @dataclass(frozen=True, kw_only=True)

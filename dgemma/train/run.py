@@ -20,7 +20,8 @@ from dgemma.errors import ConfigError, DataError
 from dgemma.model import DiffusionGemma
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
-from dgemma.train.data import Mixture, Phase
+from dgemma.train.data.mixture import Mixture, Phase
+from dgemma.train.data.rows import load_sources
 from dgemma.train.freeze import apply_freeze
 from dgemma.train.init import new_model
 from dgemma.train.loop import Batches, Loss, Run, train
@@ -30,7 +31,6 @@ from dgemma.train.objective import Losses, denoising_loss
 from dgemma.train.parallel import Parallel
 from dgemma.train.plot import plot_run
 from dgemma.train.recipe import DataSection, ModelSection, PhaseSection, Recipe, SudokuSection
-from dgemma.train.rows import load_sources
 from dgemma.train.sudoku.examples import SudokuBatches
 from dgemma.train.sudoku.network import give_board_hints
 

@@ -22,8 +22,8 @@ from dgemma.config import LayerConfig, ModelConfig
 from dgemma.diffusion.noise import corrupt
 from dgemma.model import DiffusionGemma
 from dgemma.train.attend import BlockAttend
-from dgemma.train.data import Mixture, Phase
-from dgemma.train.documents import Source
+from dgemma.train.data.documents import Source
+from dgemma.train.data.mixture import Mixture, Phase
 from dgemma.train.freeze import FreezePhase, apply_freeze
 from dgemma.train.head import head_loss, soft_signal
 from dgemma.train.init import new_model

@@ -245,7 +245,7 @@ source, nats a token:
     return f"""
 ## Training
 
-Stories and chats come from a seeded grammar in this repository (`dgemma/train/stories.py`, our own text, CC0-1.0).
+Stories and chats come from a seeded grammar in this repository (`dgemma/train/stories`, our own text, CC0-1.0).
 Prose comes from packages:
 
 {_table(["prose", "package", "licence", "sha256"], licences)}

@@ -1,4 +1,4 @@
-"""Reads the sentence notation of `story_plots` into plots, beats and lines. It knows nothing of random draws
+"""Reads the sentence notation of `plots` into plots, beats and lines. It knows nothing of random draws
 or checking."""
 
 import re
@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dgemma.train import story_words as words
-from dgemma.train.story_plots import PLOTS, SHARED
-from dgemma.train.story_plots_more import MORE_PLOTS
+from dgemma.train.stories import words
+from dgemma.train.stories.plots import PLOTS, SHARED
+from dgemma.train.stories.plots_more import MORE_PLOTS
 
 SLOT = re.compile(r"\{(\w+)\}")
 CHOICE = re.compile(r"\[([^\]]+)\]")

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (a line of the notation is one way to tell an event)
-"""More plots of the story grammar, in the notation of `story_plots.py`."""
+"""More plots of the story grammar, in the notation of `plots.py`."""
 
 MORE_PLOTS = """
 # garden

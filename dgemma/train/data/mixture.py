@@ -14,7 +14,7 @@ import torch
 
 from dgemma.errors import ConfigError
 from dgemma.train.attend import Layout
-from dgemma.train.documents import Source
+from dgemma.train.data.documents import Source
 from dgemma.train.objective import Batch
 
 T = TypeVar("T")

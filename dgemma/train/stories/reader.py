@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dgemma.train import story_words as words
-from dgemma.train.story_grammar import PIECE, Plot, gender_of, kind_fits, plots, split_sentences
+from dgemma.train.stories import words
+from dgemma.train.stories.grammar import PIECE, Plot, gender_of, kind_fits, plots, split_sentences
 
 _SAME = {
     "H": "hero", "C": "companion", "kind": "kind", "ckind": "companion's kind", "col": "colour",

@@ -17,8 +17,8 @@ import torch
 from dgemma.checkpoint.adapters import SETTINGS, hf_site, read_adapter, write_adapter
 from dgemma.errors import CheckpointError, ConfigError
 from dgemma.model import DiffusionGemma
-from dgemma.train.lora_experts import factors, low_rank_experts
-from dgemma.train.lora_sites import (
+from dgemma.train.lora.experts import factors, low_rank_experts
+from dgemma.train.lora.sites import (
     ADAPTER,
     TARGETS,
     LoraConfig,

@@ -14,9 +14,9 @@ import numpy as np
 from dgemma.errors import ConfigError
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
-from dgemma.train.documents import Source
-from dgemma.train.reading import BadRows, Kind, Rows
-from dgemma.train.tokenise import end_token, tokenise
+from dgemma.train.data.documents import Source
+from dgemma.train.data.reading import BadRows, Kind, Rows
+from dgemma.train.data.tokenise import end_token, tokenise
 
 KINDS = ("auto", "text", "completion", "chat", "tokens")
 FORMAT = 1

@@ -1,7 +1,7 @@
 """A seeded grammar of short stories, and chats that ask for them: the low-entropy part of the default data.
 
 `make_story(seed)` tells one story; the same seed always tells the same. `check` and `consistency` (from
-`story_check`) read a text back and say where it breaks the grammar. The grammar does not know how to judge
+`reader`) read a text back and say where it breaks the grammar. The grammar does not know how to judge
 text outside it: good prose that it could not have told counts as unknown.
 """
 
@@ -10,9 +10,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dgemma.train import story_words as words
-from dgemma.train.story_check import check, consistency
-from dgemma.train.story_grammar import CHOICE, SLOT, Beat, Plot, names, plots
+from dgemma.train.stories import words
+from dgemma.train.stories.grammar import CHOICE, SLOT, Beat, Plot, names, plots
+from dgemma.train.stories.reader import check, consistency
 
 __all__ = ["Story", "check", "consistency", "make_chat", "make_story"]
 

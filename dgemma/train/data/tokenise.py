@@ -13,8 +13,8 @@ import numpy as np
 from dgemma.errors import DataError, RequestError
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
-from dgemma.train.documents import Source
-from dgemma.train.reading import BadRow, BadRows, Kind, Row
+from dgemma.train.data.documents import Source
+from dgemma.train.data.reading import BadRow, BadRows, Kind, Row
 
 Spans = list[tuple[int, int]]
 

@@ -1,0 +1,1 @@
+"""From a user's files to batches: reading, tokenise, documents, rows (which joins them), mixture (batches)."""
