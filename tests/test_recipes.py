@@ -240,7 +240,7 @@ def test_fine_tuning_the_shipped_model_teaches_it(tmp_path: Path) -> None:
         LLM.load(name).chat(question, max_new_tokens=24, mode="ar", temperature=0.0)
         for name in ("default", folder / "model")
     )
-    assert "lamp" not in before.text and "lamp" in after.text, (before.text, after.text)
+    assert "I am" not in before.text and after.text.startswith("I am a"), (before.text, after.text)
 
 
 def test_unknown_keys_are_refused_at_every_depth() -> None:

@@ -31,11 +31,11 @@ def generation_config() -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=81,
         max_denoising_steps=48,
-        entropy_bound=0.01,
-        t_min=0.6,
-        t_max=1.0,
+        entropy_bound=0.002,
+        t_min=0.7,
+        t_max=1.1,
         stability_threshold=1,
-        confidence_threshold=0.005,
+        confidence_threshold=0.02,
         stop_tokens=(EOS,),
         pad_token=PAD,
     )
