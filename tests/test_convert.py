@@ -281,7 +281,7 @@ def test_a_run_moves_what_its_phase_trains_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_the_recipe_is_one_and_freezes_by_known_names() -> None:
-    recipe = load_recipe(RECIPES / "convert.yaml", ["model.autoregressive=here"])
+    recipe = load_recipe(RECIPES.parent / "convert.yaml", ["model.autoregressive=here"])
     assert recipe.model.autoregressive == "here"
     apply_freeze(DiffusionGemma(CONFIG), recipe.freeze, 0)
 
