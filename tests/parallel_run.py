@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+from train_kit import CONFIG
 
-from dgemma.config import LayerConfig, ModelConfig
 from dgemma.diffusion.loss import Objective
 from dgemma.model import DiffusionGemma
 from dgemma.train import state
@@ -26,21 +26,6 @@ from dgemma.train.parallel import Parallel
 
 STEPS = 5
 RESUMED = ("muon", "frozen")
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_heads=4,
-    layers=(
-        LayerConfig(kind="sliding", num_kv_heads=2, head_dim=16),
-        LayerConfig(kind="full", num_kv_heads=1, head_dim=32),
-    ),
-    num_experts=4,
-    top_k_experts=2,
-    expert_size=16,
-    sliding_window=5,
-    canvas_length=8,
-)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_kit import CONFIG
 
 from dgemma import kernels
 from dgemma.cache import KVCache
-from dgemma.config import LayerConfig, ModelConfig
 from dgemma.diffusion.loss import Objective, cross_entropy, masked_mean
 from dgemma.engine.attend import DenoiseAttend, EncodeAttend
 from dgemma.errors import ConfigError, DataError
@@ -30,22 +30,6 @@ from dgemma.train.metrics import read_journal
 from dgemma.train.objective import Batch, Losses, Noise, denoising_loss
 from dgemma.train.optim import OptimConfig, ScheduleConfig
 from dgemma.train.plot import plot_run
-
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_heads=4,
-    layers=(
-        LayerConfig(kind="sliding", num_kv_heads=2, head_dim=16),
-        LayerConfig(kind="full", num_kv_heads=1, head_dim=32),
-    ),
-    num_experts=4,
-    top_k_experts=2,
-    expert_size=16,
-    sliding_window=5,
-    canvas_length=8,
-)
 
 
 def test_head_loss_is_the_plain_one_with_its_gradient() -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from train_kit import CONFIG
 
-from dgemma.config import LayerConfig, ModelConfig
 from dgemma.diffusion.loss import cross_entropy, masked_mean
 from dgemma.errors import ConfigError, DataError
 from dgemma.model import DiffusionGemma
@@ -24,21 +24,6 @@ from dgemma.train.init import new_model
 from dgemma.train.objective import Batch
 
 EOS, PAD, TURN_END = 1, 0, 6
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_heads=4,
-    layers=(
-        LayerConfig(kind="sliding", num_kv_heads=2, head_dim=16),
-        LayerConfig(kind="full", num_kv_heads=1, head_dim=32),
-    ),
-    num_experts=4,
-    top_k_experts=2,
-    expert_size=16,
-    sliding_window=5,
-    canvas_length=8,
-)
 
 
 def mixture(source: Source, widths: Sequence[int] = (4,), **changes: object) -> Mixture:

@@ -118,6 +118,7 @@ def train(
     run = Run(MasterOptimizer(model.named_parameters(), optimizer or OptimConfig()))
     if exact:
         run.optimizer.start_from(exact)
+        exact.clear()  # a whole model's worth of memory, for the rest of the run
     _resume(run, folder, dict(identity or {}))
     save = partial(_save, run, folder, dict(identity or {}), config.keep)
     with _Interrupt() as stop, Journal(folder, run.step, config, quiet=parallel.rank > 0) as journal:
