@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgemma.checkpoint.files import CONFIG, Entry, find_folder, read_headers, read_json
-from dgemma.checkpoint.load import Checkpoint, fill, read_generation, stored_dtype
+from dgemma.checkpoint.load import Checkpoint, Naming, assemble
 from dgemma.checkpoint.names import hf_name, our_name
 from dgemma.config import ModelConfig
-from dgemma.errors import CheckpointError, ConfigError
+from dgemma.errors import ConfigError
 from dgemma.model import DiffusionGemma
 from dgemma.model.block import Block
 
@@ -53,22 +52,11 @@ def load_autoregressive(
     has neither. The tokenizer is in the returned `folder`; `skipped` lists image and audio tensors. A feature that
     DiffusionGemma cannot express, a missing, unknown or wrong-shaped tensor is a `CheckpointError` that names it.
     """
-    folder, name = find_folder(path_or_id)
-    raw = read_json(folder / CONFIG)
-    try:
-        config = autoregressive_config(raw, canvas_length, canvas_positions)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
-    generation = read_generation(folder, raw, config)
-    entries = read_headers(folder)
-    with torch.device("meta"):
-        model = DiffusionGemma(config)
-    sources, skipped = _match(entries, model.state_dict(), folder)
-    if dtype is None:
-        dtype = stored_dtype(entries[source] for names in sources.values() for source in names)
-    fill(model, entries, sources, torch.device(device), dtype)
-    add_diffusion_parts(model, seed)
-    return Checkpoint(model.eval(), config, generation, folder, name, skipped)
+    loaded = assemble(
+        path_or_id, lambda raw: autoregressive_config(raw, canvas_length, canvas_positions), _GEMMA, device, dtype
+    )
+    add_diffusion_parts(loaded.model, seed)
+    return loaded
 
 
 def autoregressive_config(raw: Mapping[str, Any], canvas_length: int = 256, canvas_positions: int = 0) -> ModelConfig:
@@ -158,27 +146,10 @@ def _stored_name(ours: str) -> str:
     return name
 
 
-def _match(
-    entries: Mapping[str, Entry], wanted: Mapping[str, Tensor], folder: Path
-) -> tuple[dict[str, list[str]], tuple[str, ...]]:
-    """Our name -> stored names (the head may be written beside the embedding), and what is skipped."""
-    sources: dict[str, list[str]] = {}
-    skipped = []
-    for stored, entry in entries.items():
-        ours = _our_name(stored)
-        if stored.startswith(_OTHER_SENSES):
-            skipped.append(stored)
-        elif ours is None or ours not in wanted:
-            raise CheckpointError(f"tensor {stored!r} of {entry.file} has no place in the backbone of {CONFIG}")
-        elif entry.shape != tuple(wanted[ours].shape):
-            raise CheckpointError(
-                f"tensor {stored!r} of {entry.file} has shape {list(entry.shape)}, "
-                f"{CONFIG} asks for {list(wanted[ours].shape)}"
-            )
-        else:
-            sources.setdefault(ours, []).append(stored)
-    missing = [_stored_name(ours) for ours in wanted if ours not in sources and not _is_ours_alone(ours)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"tensor {missing[0]!r}{more} missing in {folder}")
-    return sources, tuple(sorted(skipped))
+_GEMMA = Naming(
+    ours=_our_name,
+    stored=_stored_name,
+    skipped=lambda stored: stored.startswith(_OTHER_SENSES),
+    optional=_is_ours_alone,
+    part="backbone",
+)

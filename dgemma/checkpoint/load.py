@@ -6,10 +6,11 @@ are the tensors put in place one by one. With the stored type on the CPU they st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,24 +54,52 @@ def load_checkpoint(
     `dtype` None keeps the stored type. Peak memory is the weights plus one tensor. A missing, unknown or
     wrong-shaped tensor, tied tensors that differ, and any broken file are a `CheckpointError`.
     """
+    return assemble(path_or_id, ModelConfig.from_hf, DIFFUSION, device, dtype)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a family of checkpoints calls its tensors. `ours` and `stored` translate; `skipped` knows what is left out.
+
+    `optional` are tensors of ours that the family lacks (the caller makes them), `part` what it is a checkpoint of.
+    """
+
+    ours: Callable[[str], str | None]
+    stored: Callable[[str], str]
+    skipped: Callable[[str], bool]
+    optional: Callable[[str], bool]
+    part: str
+
+
+DIFFUSION = Naming(ours=our_name, stored=hf_name, skipped=is_skipped, optional=lambda ours: False, part="model")
+
+
+def assemble(
+    path_or_id: str | Path,
+    configure: Callable[[Mapping[str, Any]], ModelConfig],
+    naming: Naming,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> Checkpoint:
+    """A checkpoint of any family: `configure` reads `config.json`, `naming` the tensors; optional ones stay meta."""
     folder, name = find_folder(path_or_id)
     raw = read_json(folder / CONFIG)
     try:
-        config = ModelConfig.from_hf(raw)
+        config = configure(raw)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
-    generation = read_generation(folder, raw, config)
+    generation = _generation(folder, raw, config)
     entries = read_headers(folder)
     with torch.device("meta"):
         model = DiffusionGemma(config)
-    sources, skipped = _match(entries, model.state_dict(), folder)
+    sources, skipped = _match(entries, model.state_dict(), naming, folder)
     if dtype is None:
-        dtype = stored_dtype(entries[source] for names in sources.values() for source in names)
-    fill(model, entries, sources, torch.device(device), dtype)
+        dtype = _stored_dtype(entries[source] for names in sources.values() for source in names)
+    _fill(model, entries, sources, torch.device(device), dtype)
     return Checkpoint(model.eval(), config, generation, folder, name, skipped)
 
 
-def read_generation(folder: Path, raw: Mapping[str, object], config: ModelConfig) -> GenerationConfig:
+def _generation(folder: Path, raw: Mapping[str, object], config: ModelConfig) -> GenerationConfig:
     path, nested = folder / GENERATION, raw.get("generation_config")
     # Older MLX conversions keep the generation settings inside config.json.
     data = read_json(path) if path.exists() else nested if isinstance(nested, dict) else {}
@@ -82,17 +111,17 @@ def read_generation(folder: Path, raw: Mapping[str, object], config: ModelConfig
 
 
 def _match(
-    entries: Mapping[str, Entry], wanted: Mapping[str, Tensor], folder: Path
+    entries: Mapping[str, Entry], wanted: Mapping[str, Tensor], naming: Naming, folder: Path
 ) -> tuple[dict[str, list[str]], tuple[str, ...]]:
     """Our name -> stored names (several when tied tensors were written twice), and what is skipped."""
     sources: dict[str, list[str]] = {}
     skipped = []
     for stored, entry in entries.items():
-        ours = our_name(stored)
-        if is_skipped(stored):
+        ours = naming.ours(stored)
+        if naming.skipped(stored):
             skipped.append(stored)
         elif ours is None or ours not in wanted:
-            raise CheckpointError(f"tensor {stored!r} of {entry.file} has no place in the model of {CONFIG}")
+            raise CheckpointError(f"tensor {stored!r} of {entry.file} has no place in the {naming.part} of {CONFIG}")
         elif entry.shape != tuple(wanted[ours].shape):
             raise CheckpointError(
                 f"tensor {stored!r} of {entry.file} has shape {list(entry.shape)}, "
@@ -100,14 +129,14 @@ def _match(
             )
         else:
             sources.setdefault(ours, []).append(stored)
-    missing = [hf_name(ours) for ours in wanted if ours not in sources]
+    missing = [naming.stored(ours) for ours in wanted if ours not in sources and not naming.optional(ours)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"tensor {missing[0]!r}{more} missing in {folder}")
     return sources, tuple(sorted(skipped))
 
 
-def stored_dtype(entries: Iterable[Entry]) -> torch.dtype:
+def _stored_dtype(entries: Iterable[Entry]) -> torch.dtype:
     dtypes = {entry.dtype for entry in entries}
     if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -115,7 +144,7 @@ def stored_dtype(entries: Iterable[Entry]) -> torch.dtype:
     return dtypes.pop()
 
 
-def fill(
+def _fill(
     model: DiffusionGemma,
     entries: Mapping[str, Entry],
     sources: Mapping[str, list[str]],
