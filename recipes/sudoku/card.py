@@ -81,7 +81,8 @@ def _table(sets: dict[str, Row]) -> list[str]:
         line(f"first {count} puzzles", lambda row: _rate(row["without_signal"]["with"]))
         line("the same without self-conditioning", lambda row: _rate(row["without_signal"]["solved"]))
     if "autoregressive" in first:
-        line("autoregressive twin, greedy", lambda row: _rate(row["autoregressive"]["solved"]))
+        count = first["autoregressive"]["solved"]["of"]
+        line(f"first {count}: autoregressive twin, greedy", lambda row: _rate(row["autoregressive"]["solved"]))
     return lines
 
 

@@ -42,12 +42,12 @@ def solve(llm: LLM, chosen: Puzzles, step: Callable[[], object], **settings: Any
 
 def measure(llm: LLM, sets: dict[str, Puzzles], args: argparse.Namespace, bar: Progress) -> dict[str, Any]:
     """Every figure of every set."""
-    twin, cut = LLM.load(args.ar) if args.ar else None, without_signal(llm) if args.without_signal else None
+    twin, cut = LLM.load(args.ar) if args.ar else None, without_signal(llm) if args.few else None
     if twin:
         check_model(twin)
     rows = {}
     for name, chosen in sets.items():
-        few, size = chosen.take(np.arange(min(args.without_signal, len(chosen.puzzles)))), len(chosen.puzzles)
+        few, size = chosen.take(np.arange(min(args.few, len(chosen.puzzles)))), len(chosen.puzzles)
         task = bar.add_task(name, total=size)
         tried, seconds = solve(llm, chosen, lambda task=task: bar.advance(task))
         rows[name] = score(tried, chosen.solutions) | {"puzzles_per_second": size / seconds}
@@ -67,10 +67,10 @@ def measure(llm: LLM, sets: dict[str, Puzzles], args: argparse.Namespace, bar: P
                 "steps": untold["steps"],
                 "with": told["solved"],
             }
-        if twin:
-            task = bar.add_task(f"{name}, autoregressive", total=size)
-            rows[name]["autoregressive"] = score(solve(twin, chosen, lambda task=task: bar.advance(task), **AR)[0],
-                                                 chosen.solutions)  # fmt: skip
+        if twin and few.puzzles.size:
+            task = bar.add_task(f"{name}, autoregressive", total=len(few.puzzles))
+            one_by_one = solve(twin, few, lambda task=task: bar.advance(task), **AR)[0]
+            rows[name]["autoregressive"] = score(one_by_one, few.solutions)
     return rows
 
 
@@ -116,7 +116,8 @@ def table(rows: dict[str, Any]) -> Table:
         line(f"first {count}: as it is", lambda row: percent(row["without_signal"]["with"]))
         line(f"first {count}: no self-conditioning", lambda row: percent(row["without_signal"]["solved"]))
     if "autoregressive" in first:
-        line("autoregressive twin, greedy", lambda row: percent(row["autoregressive"]["solved"]))
+        count = first["autoregressive"]["solved"]["of"]
+        line(f"first {count}: autoregressive twin, greedy", lambda row: percent(row["autoregressive"]["solved"]))
     line("puzzles a second", lambda row: f"{row['puzzles_per_second']:.1f}")
     return shown
 
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--puzzles", type=int, help="of each set, the first ones (all)")
     parser.add_argument("--attempts", type=int, default=4, help="of verified best-of-n (4)")
     parser.add_argument(
-        "--without-signal", type=int, default=200, metavar="N", help="puzzles without self-conditioning"
+        "--few", type=int, default=200, metavar="N", help="of each set, for the twin and without self-conditioning (200)"
     )
     parser.add_argument("--trained-on", default="", metavar="WORDS", help="the machine that trained it, for the card")
     args = parser.parse_args()
