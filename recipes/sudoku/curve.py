@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from build_data import GRADES, Puzzles
-from export import export, generation_config
+from export import export, untrained
 from rich.progress import track
 
 from dgemma.api import LLM
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/sudoku.png"))
     parser.add_argument("--puzzles", type=int, default=200, help="of each set, the first ones")
     args = parser.parse_args()
-    settings = {"puzzles": args.puzzles, "generation": generation_config().to_hf()}
+    settings = {"puzzles": args.puzzles, "generation": untrained().generation.to_hf()}
     curve: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
     if {name: curve.get(name) for name in settings} != settings:
         curve = settings | {"snapshots": {}}  # measured otherwise: begin again

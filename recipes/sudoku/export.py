@@ -18,27 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dgemma.checkpoint.save import save_checkpoint  # noqa: E402
-from dgemma.config import GenerationConfig  # noqa: E402
 from dgemma.train import state  # noqa: E402
+from dgemma.train.recipe import load_recipe  # noqa: E402
+from dgemma.train.run import Start, build_model  # noqa: E402
 from dgemma.train.sudoku.examples import BLANK, BOS, EOS, PAD  # noqa: E402
-from dgemma.train.sudoku.network import new_sudoku_model, sudoku_config  # noqa: E402
 
 SPECIAL = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS}
-
-
-def generation_config() -> GenerationConfig:
-    """What `fit.py` found best: one canvas, steps that accept little, and no haste to stop."""
-    return GenerationConfig(
-        max_new_tokens=81,
-        max_denoising_steps=48,
-        entropy_bound=0.002,
-        t_min=0.7,
-        t_max=1.1,
-        stability_threshold=1,
-        confidence_threshold=0.02,
-        stop_tokens=(EOS,),
-        pad_token=PAD,
-    )
 
 
 def make_tokenizer() -> Tokenizer:
@@ -74,17 +59,22 @@ def weights_of(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return data["optimizer"]["masters"] if "optimizer" in data else data
 
 
-def export(source: Path, folder: Path, generation: GenerationConfig | None = None) -> int:
+def untrained() -> Start:
+    """The network and the sampler settings of `recipes/sudoku.yaml`."""
+    return build_model(load_recipe(ROOT / "recipes/sudoku.yaml", [f"model.tokenizer={ROOT}/dgemma/models/sudoku"]).model, 0)
+
+
+def export(source: Path, folder: Path) -> int:
     """Write `folder` (an existing README.md stays); the number of parameters. Weights are stored in bfloat16."""
-    model = new_sudoku_model(sudoku_config(), 0)
-    named = dict(model.named_parameters())
+    start = untrained()
+    named = dict(start.model.named_parameters())
     weights = weights_of(source, named)
     if named.keys() != weights.keys():
         raise SystemExit(f"{source} is of another network: {', '.join(sorted(named.keys() ^ weights.keys()))}")
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(weights[name])
-    save_checkpoint(folder, model.bfloat16(), generation or generation_config(), extra_files=tokenizer_files())
+    save_checkpoint(folder, start.model.eval().bfloat16(), start.generation, extra_files=tokenizer_files())
     return sum(parameter.numel() for parameter in named.values())
 
 

@@ -1,4 +1,4 @@
-"""The network for Sudoku: a small dense DiffusionGemma with a canvas position embedding, started with two hints."""
+"""The network for Sudoku (its shape is in `recipes/sudoku.yaml`): two hints that it starts with."""
 
 from __future__ import annotations
 
@@ -6,44 +6,10 @@ from typing import cast
 
 import torch
 
-from dgemma.config import LayerConfig, ModelConfig
 from dgemma.errors import ConfigError
 from dgemma.model import DiffusionGemma
 from dgemma.model.attention import Attention
-from dgemma.train.init import new_model
 from dgemma.train.sudoku.board import BOX, COLUMN, ROW
-
-VOCAB = 13  # pad, eos, bos, blank, 1-9
-
-
-def sudoku_config(hidden: int = 192, layers: int = 6, heads: int = 4) -> ModelConfig:
-    """About 3 M parameters. The canvas is the whole board, so every attention reaches everything."""
-    size = hidden // heads
-    sliding = LayerConfig(kind="sliding", num_kv_heads=heads, head_dim=size)
-    full = LayerConfig(kind="full", num_kv_heads=heads, head_dim=size)
-    return ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_heads=heads,
-        layers=(*[sliding] * (layers - 1), full),
-        num_experts=0,
-        top_k_experts=0,
-        expert_size=0,
-        sliding_window=256,
-        canvas_length=81,
-        canvas_positions=81,
-        max_positions=1024,
-        eos_tokens=(1,),
-    )
-
-
-def new_sudoku_model(config: ModelConfig, seed: int) -> DiffusionGemma:
-    """Fresh weights with the hints of `give_board_hints`."""
-    model = new_model(config, seed)
-    give_board_hints(model, seed)
-    return model
-
 
 @torch.no_grad()
 def give_board_hints(model: DiffusionGemma, seed: int) -> None:
