@@ -7,11 +7,13 @@ k experts per token, V vocabulary. All functions are differentiable unless they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dgemma.kernels.matrix import Matrix
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """`(x [.., in], weight [out, in]) -> [.., out]`: the product that every backend may replace."""
@@ -103,30 +105,34 @@ def experts(
     x: Tensor,
     weights: Tensor,
     ids: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | Sequence[Matrix],
+    down: Tensor | Sequence[Matrix],
     matmul: Matmul = linear,
     activation: Callable[[Tensor], Tensor] = gelu,
 ) -> Tensor:
     """Weighted sum of gated MLPs: `x [T, H]`, `weights, ids [T, k]`, `gate_up [E, 2I, H]` (gate rows first),
-    `down [E, H, I]` -> `[T, H]`.
+    `down [E, H, I]` (or a `Matrix` an expert) -> `[T, H]`.
 
     Rows are grouped by expert; every row then adds its k parts in ascending expert order, in x's type.
     """
     tokens, top_k = ids.shape
     order = ids.reshape(-1).argsort(stable=True)
-    counts = torch.bincount(ids.reshape(-1), minlength=gate_up.shape[0]).tolist()
+    counts = torch.bincount(ids.reshape(-1), minlength=len(gate_up)).tolist()
     parts = []
     for expert, rows in enumerate(x[order // top_k].split(counts)):
         if rows.shape[0]:
-            gate, up = matmul(rows, gate_up[expert]).chunk(2, dim=-1)
-            parts.append(matmul(activation(gate) * up, down[expert]))
+            gate, up = _product(rows, gate_up[expert], matmul).chunk(2, dim=-1)
+            parts.append(_product(activation(gate) * up, down[expert], matmul))
     out = (torch.cat(parts) * weights.reshape(-1)[order].unsqueeze(-1)).to(x.dtype)
     slots = out[order.argsort()].view(tokens, top_k, -1)
     total = slots[:, 0]
     for slot in range(1, top_k):
         total = total + slots[:, slot]
     return total
+
+
+def _product(x: Tensor, weight: Tensor | Matrix, matmul: Matmul) -> Tensor:
+    return matmul(x, weight) if isinstance(weight, Tensor) else weight(x)
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:

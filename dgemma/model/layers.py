@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dgemma import kernels
 from dgemma.config import RopeConfig
+from dgemma.kernels.matrix import Matrix
 
 
 class RMSNorm(nn.Module):
@@ -22,13 +23,21 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A bias-free `nn.Linear` whose product goes through the kernel table."""
+    """A bias-free `nn.Linear` whose product goes through the kernel table, or a `matrix` in place of its weight."""
+
+    matrix: Matrix | None = None
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight)
+        return kernels.linear(x, self.weight) if self.matrix is None else self.matrix(x)
+
+    def replace(self, matrix: Matrix) -> None:
+        """Multiply by `matrix` from now on and forget the weight."""
+        assert matrix.shape == (self.out_features, self.in_features)
+        self.matrix = matrix
+        self.register_parameter("weight", None)
 
 
 class Embedding(nn.Embedding):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from dgemma import kernels
 from dgemma.config import ModelConfig
+from dgemma.kernels.matrix import Matrix
 from dgemma.model.layers import Linear
 
 
@@ -25,7 +28,9 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Fused gated MLPs: `gate_up_proj [E, 2I, H]` (gate rows first), `down_proj [E, H, I]`."""
+    """Fused gated MLPs: `gate_up_proj [E, 2I, H]` (gate rows first), `down_proj [E, H, I]`, or a matrix each."""
+
+    matrices: tuple[Sequence[Matrix], Sequence[Matrix]] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,4 +39,12 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(count, size, inner))
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        return kernels.experts(x, weights, ids, self.gate_up_proj, self.down_proj)
+        gate_up, down = self.matrices or (self.gate_up_proj, self.down_proj)
+        return kernels.experts(x, weights, ids, gate_up, down)
+
+    def replace(self, gate_up: Sequence[Matrix], down: Sequence[Matrix]) -> None:
+        """Multiply by one matrix an expert from now on and forget the weights."""
+        assert len(gate_up) == len(down)
+        self.matrices = gate_up, down
+        self.register_parameter("gate_up_proj", None)
+        self.register_parameter("down_proj", None)
