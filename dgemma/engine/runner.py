@@ -12,6 +12,9 @@ from dgemma import kernels
 from dgemma.cache import KVCache
 from dgemma.engine.attend import DenoiseAttend, EncodeAttend
 from dgemma.model import DiffusionGemma
+from dgemma.model.fast import FastStack
+
+_FAST = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Runner:
         self.model = model
         self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
         self.counters = Counters()
+        native = kernels.native.load() if self.device.type == "cpu" and self.dtype in _FAST else None
+        self._stack = None if native is None else FastStack(model, native)
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
@@ -48,7 +53,7 @@ class Runner:
         counts = [len(ids) for _, ids in jobs]
         ids = torch.tensor([token for _, part in jobs for token in part], device=self.device)
         attend = EncodeAttend(self.model.config, [cache for cache, _ in jobs], counts)
-        hidden = self.model.encode(ids, self._positions(jobs, counts)[0], attend)
+        hidden = self.model.encode(ids, self._positions(jobs, counts)[0], attend, self._stack)
         for (cache, _), count in zip(jobs, counts, strict=True):
             cache.advance(count)
         self._count(encode_passes=1, encoded_tokens=sum(counts))
@@ -67,6 +72,7 @@ class Runner:
             DenoiseAttend([cache for cache, _ in jobs], counts),
             self._signal(softs, counts),
             places,
+            self._stack,
         )
         self._count(denoise_passes=1, denoised_tokens=sum(counts))
         return kernels.vocab(

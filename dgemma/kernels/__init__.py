@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dgemma.kernels import cpu, cpu_training, reference
+from dgemma.kernels import cpu, cpu_training, native, reference
 from dgemma.kernels.reference import DRAW_BLOCK, VocabStats, rope_frequencies, rope_tables
 
 _CPU: Mapping[str, Callable[..., Any]] = MappingProxyType(
@@ -60,6 +60,7 @@ __all__ = [
     "find",
     "gelu",
     "linear",
+    "native",
     "rms_norm",
     "rope",
     "rope_frequencies",

@@ -16,8 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dgemma.kernels import reference
-from dgemma.kernels.reference import VocabStats
+from dgemma.kernels import cpu_vocab, native, reference
 
 _VECTORS = 32  # elements that torch's GELU takes in one turn (two AVX-512 vectors; fewer elsewhere)
 
@@ -40,24 +39,32 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`reference.attention` in float32, one key head at a time, all its query heads as rows of one product.
+    """`reference.attention`, one key head at a time, all its query heads as rows of one product.
 
     A query's result depends neither on the other queries of the pass nor on masked keys behind its own; the fused
-    op of torch (as fast here) promises neither.
+    op of torch (no faster here) promises neither.
     """
-    if q.dtype is not torch.float32 or q.dim() != 3 or _tracked(q, k, v):
+    if q.dtype not in (torch.float32, torch.bfloat16) or q.dim() != 3 or _tracked(q, k, v):
         return reference.attention(q, k, v, mask)
     tokens, heads, dim = q.shape
     groups = heads // k.shape[1]
     out = []
     hidden = None if mask is None else ~mask.unsqueeze(1)
     keys, values = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
+    softmax = _softmax(q.dtype)
     for head, part in enumerate(q.split(groups, dim=1)):
-        scores = linear(part.reshape(tokens * groups, dim), keys[head]).view(tokens, groups, -1)
+        scores = linear(part.reshape(tokens * groups, dim), keys[head])
         if hidden is not None:
-            scores.masked_fill_(hidden, -torch.inf)
-        out.append(linear(torch.softmax(scores, dim=-1), values[head].t()))
+            scores.view(tokens, groups, -1).masked_fill_(hidden, -torch.inf)
+        out.append(linear(softmax(scores), values[head].t()).view(tokens, groups, dim))
     return torch.cat(out, dim=1)
+
+
+def _softmax(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    compiled = native.load()
+    if compiled is not None:
+        return compiled.softmax_
+    return lambda scores: torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -75,19 +82,4 @@ route = partial(reference.route, matmul=linear)
 experts = partial(reference.experts, matmul=linear, activation=gelu)
 
 
-def vocab(
-    hidden: Tensor,
-    embed: Tensor,
-    cap: float,
-    temperature: Tensor,
-    uniforms: Tensor,
-    draw_temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-) -> VocabStats:
-    """`reference.vocab` with row-invariant products and sums."""
-    run: Callable[..., VocabStats] = partial(reference.vocab, matmul=linear)
-    if hidden.shape[0] != 1:
-        return run(hidden, embed, cap, temperature, uniforms, draw_temperature, top_k)
-    twice = [None if x is None else x.expand(2, *x.shape[1:]) for x in (draw_temperature, top_k)]
-    both = run(hidden.expand(2, -1), embed, cap, temperature.expand(2), uniforms.expand(2, -1), *twice)
-    return VocabStats(**{name: value[:1] for name, value in vars(both).items()})
+vocab = partial(cpu_vocab.vocab, matmul=linear)

@@ -5,6 +5,8 @@ It knows neither masks nor caches (both live in `attend`), nor steps and tempera
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,14 @@ from dgemma.config import LayerKind, ModelConfig
 from dgemma.model.attention import Attend
 from dgemma.model.block import Block
 from dgemma.model.layers import Embedding, GatedMLP, RMSNorm, Rotation
+
+
+class Stack(Protocol):
+    """Another way to run the layers (`fast` has one), for packed rows `[T, H]`."""
+
+    def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str) -> Tensor: ...
+
+    def condition(self, embedded: Tensor, soft: Tensor | None) -> Tensor: ...
 
 
 class SelfConditioning(nn.Module):
@@ -50,9 +60,9 @@ class DiffusionGemma(nn.Module):
         dims: dict[LayerKind, int] = {layer.kind: layer.head_dim for layer in config.layers}
         self._rotations = {kind: Rotation(config.rope(kind), dim) for kind, dim in dims.items()}
 
-    def encode(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def encode(self, ids: Tensor, positions: Tensor, attend: Attend, stack: Stack | None = None) -> Tensor:
         """Causal half: clean `ids [...]` at `positions [...]` -> hidden `[..., H]`. `attend` stores K and V."""
-        return self._stack(self.embed(ids), positions, attend, "encoder_scalar")
+        return (stack or self._stack)(self.embed(ids), positions, attend, "encoder_scalar")
 
     def denoise(
         self,
@@ -61,6 +71,7 @@ class DiffusionGemma(nn.Module):
         attend: Attend,
         soft: Tensor | None = None,
         places: Tensor | None = None,
+        stack: Stack | None = None,
     ) -> Tensor:
         """Bidirectional half: canvas `ids [...]` -> hidden `[..., H]`.
 
@@ -71,8 +82,10 @@ class DiffusionGemma(nn.Module):
         if self.canvas_embed is not None:
             assert places is not None
             x = x + self.canvas_embed[places]
-        x = self.self_conditioning(x, None if soft is None else soft * self.embed.scale.to(soft.device))
-        return self._stack(x, positions, attend, "decoder_scalar")
+        soft = None if soft is None else soft * self.embed.scale.to(soft.device)
+        if stack is not None:
+            return stack(stack.condition(x, soft), positions, attend, "decoder_scalar")
+        return self._stack(self.self_conditioning(x, soft), positions, attend, "decoder_scalar")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits `[..., V]` over the tied, unscaled embedding."""

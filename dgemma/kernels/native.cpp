@@ -1,0 +1,377 @@
+// The row-by-row parts of a layer and of the vocabulary op, fused. Plain C interface, no torch headers.
+//
+// Every function treats rows apart, in one fixed order of operations: a row's bits depend neither on the number of
+// rows nor on the number of threads. T is float or bfloat16; bfloat16 values are rounded wherever the reference op by op
+// would have rounded them (`round_<T>`), sums and exponentials are float.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+// Arrays of one call never overlap, but where an op says that it works in place.
+#define EACH_ALONE _Pragma("GCC ivdep")
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static inline float wide(float x) { return x; }
+static inline float wide(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+template <class T> static inline T narrow(float x);
+template <> inline float narrow<float>(float x) { return x; }
+template <> inline bf16 narrow<bf16>(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits += 0x7fff + ((bits >> 16) & 1); // to nearest, ties to even; activations are finite
+    return {uint16_t(bits >> 16)};
+}
+template <class T> static inline float round_(float x) { return wide(narrow<T>(x)); }
+
+// exp(x) - 1 = s * p + (s - 1) with x = n ln 2 + r, s = 2^n, p = exp(r) - 1 as a polynomial; x in [-87, 88].
+static inline void exp_parts(float x, float &s, float &p) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float q = 1.0f / 5040;
+    q = q * r + 1.0f / 720;
+    q = q * r + 1.0f / 120;
+    q = q * r + 1.0f / 24;
+    q = q * r + 1.0f / 6;
+    q = q * r + 0.5f;
+    p = q * r * r + r;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    std::memcpy(&s, &bits, 4);
+}
+static inline float exp_(float x) { // 0 below -87, so that what is masked is nothing
+    float s, p;
+    exp_parts(x, s, p);
+    return x < -87.0f ? 0.0f : s * p + s;
+}
+static inline float tanh_(float x) {
+    float s, p;
+    exp_parts(2 * x, s, p);
+    float less = s * p + (s - 1); // exp(2x) - 1, exact for small x too
+    return less / (less + 2);
+}
+static inline float gelu_(float x) { // tanh form: x (1 + tanh u) / 2 = x / (1 + exp(-2u))
+    float u = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return x / (1 + exp_(-2 * u));
+}
+
+// f(0) + .. + f(n - 1). Element i always adds to lane i mod 32, so zeros at the end change no bit.
+template <class F> static inline float total(int64_t n, F f) {
+    float lanes[32] = {0};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int j = 0; j < 32; j++) lanes[j] += f(i + j);
+    for (int j = 0; i + j < n; j++) lanes[j] += f(i + j);
+    for (int step = 16; step; step /= 2)
+        for (int j = 0; j < step; j++) lanes[j] += lanes[j + step];
+    return *lanes;
+}
+template <class T> static inline float highest(const T *x, int64_t n) {
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; i++) top = wide(x[i]) > top ? wide(x[i]) : top;
+    return top;
+}
+
+static inline int64_t first_of(const float *x, int64_t n, float value) {
+    int64_t at = 0;
+    for (int found = 0; at + 64 <= n; at += 64) {
+        for (int j = 0; j < 64; j++) found |= x[at + j] == value;
+        if (found) break;
+    }
+    while (x[at] != value) at++;
+    return at;
+}
+
+// 1 / sqrt(mean(x^2) + eps)
+template <class T> static inline float inverse(const T *x, int64_t n, float eps) {
+    return 1.0f / std::sqrt(total(n, [=](int64_t i) { return wide(x[i]) * wide(x[i]); }) / n + eps);
+}
+template <class T> static inline void norm_row(const T *x, const T *w, float eps, int64_t n, T *out) {
+    float scale = inverse(x, n, eps);
+    if (w)
+        EACH_ALONE for (int64_t i = 0; i < n; i++) out[i] = narrow<T>(wide(x[i]) * scale * wide(w[i]));
+    else
+        EACH_ALONE for (int64_t i = 0; i < n; i++) out[i] = narrow<T>(wide(x[i]) * scale);
+}
+
+template <class T> struct Ops {
+    static void norm(const T *x, const T *w, float eps, int64_t rows, int64_t n, T *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++) norm_row(x + t * n, w, eps, n, out + t * n);
+    }
+
+    // After attention: out = x + norm(y) post, then what the branches read: dense = norm(out) w_dense,
+    // and with experts mixed = norm(out) w_mixed, routed = norm(out) scale / sqrt(n).
+    static void middle(const T *x, const T *y, const T *post, const T *w_dense, const T *w_mixed, const T *scale, float eps,
+                       int64_t rows, int64_t n, T *out, T *dense, T *mixed, T *routed, int threads) {
+        float root = float(1 / std::sqrt(double(n)));
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++) {
+            const T *a = x + t * n, *b = y + t * n;
+            T *o = out + t * n;
+            float s = inverse(b, n, eps);
+            EACH_ALONE
+            for (int64_t i = 0; i < n; i++)
+                o[i] = narrow<T>(wide(a[i]) + round_<T>(wide(b[i]) * s * wide(post[i])));
+            s = inverse(o, n, eps);
+            EACH_ALONE
+            for (int64_t i = 0; i < n; i++) dense[t * n + i] = narrow<T>(wide(o[i]) * s * wide(w_dense[i]));
+            if (!mixed) continue;
+            EACH_ALONE
+            for (int64_t i = 0; i < n; i++) {
+                float unit = wide(o[i]) * s;
+                mixed[t * n + i] = narrow<T>(unit * wide(w_mixed[i]));
+                routed[t * n + i] = narrow<T>(round_<T>(round_<T>(unit) * wide(scale[i])) * root);
+            }
+        }
+    }
+
+    // The end of a layer: out = (x + norm(t) post) scalar with t = dense, or norm(dense) w_dense + norm(mixed) w_mixed;
+    // and the next layer's input (or the model's output) normed = norm(out) next.
+    static void close(const T *x, const T *dense, const T *mixed, const T *w_dense, const T *w_mixed, const T *post,
+                      const T *scalar, const T *next, float eps, int64_t rows, int64_t n, T *out, T *normed, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++) {
+            const T *a = x + t * n, *d = dense + t * n;
+            T *o = out + t * n;
+            if (mixed) {
+                const T *e = mixed + t * n;
+                float s = inverse(d, n, eps), r = inverse(e, n, eps);
+                EACH_ALONE
+                for (int64_t i = 0; i < n; i++)
+                    o[i] = narrow<T>(round_<T>(wide(d[i]) * s * wide(w_dense[i])) +
+                                     round_<T>(wide(e[i]) * r * wide(w_mixed[i])));
+                d = o;
+            }
+            float s = inverse(d, n, eps), c = wide(*scalar);
+            EACH_ALONE
+            for (int64_t i = 0; i < n; i++)
+                o[i] = narrow<T>(round_<T>(wide(a[i]) + round_<T>(wide(d[i]) * s * wide(post[i]))) * c);
+            norm_row(o, next, eps, n, normed + t * n);
+        }
+    }
+
+    // Norm over each head, then rotation by the row's cos and sin; halves are paired (i, i + D/2).
+    static void head(const T *x, const T *w, const T *cos, const T *sin, float eps, int64_t dim, T *out) {
+        float s = inverse(x, dim, eps);
+        int64_t half = dim / 2;
+        EACH_ALONE
+        for (int64_t i = 0; i < half; i++) {
+            float a = round_<T>(wide(x[i]) * s * wide(w[i]));
+            float b = round_<T>(wide(x[i + half]) * s * wide(w[i + half]));
+            out[i] = narrow<T>(round_<T>(a * wide(cos[i])) + round_<T>(-b * wide(sin[i])));
+            out[i + half] = narrow<T>(round_<T>(b * wide(cos[i + half])) + round_<T>(a * wide(sin[i + half])));
+        }
+    }
+
+    // A packed row is queries, keys and, unless the values are the raw keys, values. All outputs `[rows, heads, dim]`.
+    static void heads(const T *x, const T *qw, const T *kw, const T *cos, const T *sin, float eps, int64_t rows, int64_t nq,
+                      int64_t nk, int64_t dim, int has_v, T *q, T *k, T *v, int threads) {
+        int64_t width = (nq + nk + (has_v ? nk : 0)) * dim;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++) {
+            const T *row = x + t * width, *c = cos + t * dim, *s = sin + t * dim;
+            for (int64_t h = 0; h < nq; h++) head(row + h * dim, qw, c, s, eps, dim, q + (t * nq + h) * dim);
+            for (int64_t h = 0; h < nk; h++) {
+                const T *key = row + (nq + h) * dim;
+                head(key, kw, c, s, eps, dim, k + (t * nk + h) * dim);
+                norm_row(has_v ? key + nk * dim : key, (const T *)nullptr, eps, dim, v + (t * nk + h) * dim);
+            }
+        }
+    }
+
+    // gelu(gate) up of rows `[gate | up]`.
+    static void geglu(const T *x, int64_t rows, int64_t n, T *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++)
+            EACH_ALONE
+            for (int64_t i = 0; i < n; i++)
+                out[t * n + i] = narrow<T>(round_<T>(gelu_(wide(x[2 * t * n + i]))) * wide(x[(2 * t + 1) * n + i]));
+    }
+
+    // Softmax of each row, in place; -inf becomes exactly 0.
+    static void softmax(T *x, int64_t rows, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++) {
+            T *row = x + t * n;
+            float top = highest(row, n);
+            if (sizeof(T) == 4) {
+                EACH_ALONE
+                for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(exp_(wide(row[i]) - top));
+                float scale = 1 / total(n, [=](int64_t i) { return wide(row[i]); });
+                EACH_ALONE
+                for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(wide(row[i]) * scale);
+            } else { // rounded only once: exponentials are taken twice rather than stored
+                float scale = 1 / total(n, [=](int64_t i) { return exp_(wide(row[i]) - top); });
+                EACH_ALONE
+                for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(exp_(wide(row[i]) - top) * scale);
+            }
+        }
+    }
+
+    // Softmax over experts, the k largest (ties: lowest id) renormalised and scaled, ids ascending; then rows grouped by
+    // expert: `order` lists (row) in groups, `place [rows, k]` says where a row's k parts lie, `counts` the groups' sizes.
+    static void route(const T *scores, const T *expert_scale, int64_t rows, int64_t experts, int64_t k, float *weights,
+                      int64_t *order, int64_t *place, int64_t *counts, float *room, int64_t *ids) {
+        std::memset(counts, 0, experts * sizeof(int64_t));
+        for (int64_t t = 0; t < rows; t++) {
+            const T *row = scores + t * experts;
+            float top = highest(row, experts), sum = 0, kept = 0;
+            for (int64_t e = 0; e < experts; e++) sum += room[e] = exp_(wide(row[e]) - top);
+            int64_t *mine = ids + t * k;
+            for (int64_t e = 0; e < experts; e++) room[e] /= sum;
+            for (int64_t j = 0; j < k; j++) {
+                int64_t best = -1;
+                for (int64_t e = 0; e < experts; e++) {
+                    bool taken = false;
+                    for (int64_t i = 0; i < j; i++) taken |= mine[i] == e;
+                    if (!taken && (best < 0 || room[e] > room[best])) best = e;
+                }
+                mine[j] = best;
+                kept += room[best];
+            }
+            for (int64_t i = 1; i < k; i++) // ascending ids: the order of the later sum is the row's own
+                for (int64_t j = i; j > 0 && mine[j] < mine[j - 1]; j--) {
+                    int64_t swap = mine[j];
+                    mine[j] = mine[j - 1], mine[j - 1] = swap;
+                }
+            for (int64_t j = 0; j < k; j++) {
+                weights[t * k + j] = room[mine[j]] / kept * wide(expert_scale[mine[j]]);
+                counts[mine[j]]++;
+            }
+        }
+        int64_t start = 0;
+        for (int64_t e = 0; e < experts; e++) {
+            int64_t at = start;
+            for (int64_t i = 0; i < rows * k; i++)
+                if (ids[i] == e) order[at] = i / k, place[i] = at++;
+            start = at;
+        }
+    }
+
+    // Each row's k parts, weighted, added in the order of `place`.
+    static void combine(const T *parts, const int64_t *place, const float *weights, int64_t rows, int64_t k, int64_t n, T *out,
+                        int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++) {
+            T *o = out + t * n;
+            for (int64_t j = 0; j < k; j++) {
+                const T *part = parts + place[t * k + j] * n;
+                float w = weights[t * k + j];
+                if (j == 0)
+                    EACH_ALONE
+                    for (int64_t i = 0; i < n; i++) o[i] = narrow<T>(wide(part[i]) * w);
+                else
+                    EACH_ALONE
+                    for (int64_t i = 0; i < n; i++) o[i] = narrow<T>(wide(o[i]) + round_<T>(wide(part[i]) * w));
+            }
+        }
+    }
+
+    // One chunk of the vocabulary, all rows: z = cap tanh(logit / cap) / temperature of `logits [rows, n]` become
+    // exp(z - highest so far) in `probs` (may be the same memory). `room` holds n floats per thread.
+    struct Row {
+        double sum, moment, mass; // sum exp(z - top), sum exp(z - top)(z - top), the draw's sum exp((z - top) / own)
+        float top, rescale;       // of z; factor that brings earlier chunks to the new top
+        float drawn;              // z of the draw
+        float pad;
+        int64_t argmax, draw;
+    };
+    static void vocab(const T *logits, int64_t rows, int64_t n, int64_t first, float cap, const float *temperature,
+                      const float *own, const double *uniforms, int64_t blocks, T *probs, Row *state, float *room, int threads) {
+        const int64_t block = 1024; // the sampler's draw block
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++) {
+            Row &s = state[t];
+            float *z = room + omp_get_thread_num() * n;
+            const T *l = logits + t * n;
+            float inside = 1 / cap, outside = cap / temperature[t];
+            EACH_ALONE
+            for (int64_t i = 0; i < n; i++) z[i] = tanh_(wide(l[i]) * inside) * outside;
+            float top = highest(z, n);
+            s.rescale = 1;
+            if (top > s.top) {
+                int64_t at = first_of(z, n, top); // ties go to the lowest id
+                if (first > 0) {
+                    double down = double(s.top) - top, factor = std::exp(down);
+                    s.moment = (s.moment + s.sum * down) * factor;
+                    s.sum *= factor;
+                    s.rescale = float(factor);
+                    s.mass *= own && own[t] > 0 ? std::exp(down / own[t]) : factor;
+                }
+                s.top = top, s.argmax = first + at;
+            }
+            float peak = s.top, power = own && own[t] > 0 ? 1 / own[t] : 1;
+            for (int64_t b = 0; b < n; b += block) {
+                int64_t end = b + block < n ? b + block : n;
+                float below[block], exps[block];
+                EACH_ALONE
+                for (int64_t i = 0; i < end - b; i++) {
+                    below[i] = z[b + i] - peak, exps[i] = exp_(below[i]);
+                    probs[t * n + b + i] = narrow<T>(exps[i]);
+                }
+                float sum = total(end - b, [&](int64_t i) { return exps[i]; }), mass = sum;
+                s.moment += total(end - b, [&](int64_t i) { return exps[i] * below[i]; });
+                if (power != 1) {
+                    EACH_ALONE
+                    for (int64_t i = 0; i < end - b; i++) exps[i] = exp_(below[i] * power);
+                    mass = total(end - b, [&](int64_t i) { return exps[i]; });
+                }
+                s.sum += sum, s.mass += mass;
+                double share = mass / s.mass, u = uniforms[t * blocks + (first + b) / block];
+                if (!(u < share) || !(mass > 0)) continue;
+                double target = u / share * mass, run = 0;
+                int64_t last = 0, at = -1;
+                for (int64_t i = 0; i < end - b && at < 0; i++) {
+                    run += exps[i];
+                    if (exps[i] > 0) last = i;
+                    if (run > target) at = i;
+                }
+                at = at < 0 ? last : at;
+                s.draw = first + b + at, s.drawn = below[at] + peak;
+            }
+        }
+    }
+};
+
+#define EACH(name, params, args)                                                                                        \
+    namespace f32_ { typedef float T; extern "C" void name##_f32 params { Ops<T>::name args; } }                       \
+    namespace b16_ { typedef bf16 T; extern "C" void name##_bf16 params { Ops<T>::name args; } }
+
+EACH(norm, (const T *x, const T *w, float eps, int64_t rows, int64_t n, T *out, int threads), (x, w, eps, rows, n, out, threads))
+EACH(middle,
+     (const T *x, const T *y, const T *post, const T *wd, const T *wm, const T *scale, float eps, int64_t rows, int64_t n,
+      T *out, T *dense, T *mixed, T *routed, int threads),
+     (x, y, post, wd, wm, scale, eps, rows, n, out, dense, mixed, routed, threads))
+EACH(close,
+     (const T *x, const T *dense, const T *mixed, const T *wd, const T *wm, const T *post, const T *scalar, const T *next,
+      float eps, int64_t rows, int64_t n, T *out, T *normed, int threads),
+     (x, dense, mixed, wd, wm, post, scalar, next, eps, rows, n, out, normed, threads))
+EACH(heads,
+     (const T *x, const T *qw, const T *kw, const T *cos, const T *sin, float eps, int64_t rows, int64_t nq, int64_t nk,
+      int64_t dim, int has_v, T *q, T *k, T *v, int threads),
+     (x, qw, kw, cos, sin, eps, rows, nq, nk, dim, has_v, q, k, v, threads))
+EACH(geglu, (const T *x, int64_t rows, int64_t n, T *out, int threads), (x, rows, n, out, threads))
+EACH(softmax, (T * x, int64_t rows, int64_t n, int threads), (x, rows, n, threads))
+EACH(route,
+     (const T *scores, const T *scale, int64_t rows, int64_t experts, int64_t k, float *weights, int64_t *order, int64_t *place,
+      int64_t *counts, float *room, int64_t *ids),
+     (scores, scale, rows, experts, k, weights, order, place, counts, room, ids))
+EACH(combine,
+     (const T *parts, const int64_t *place, const float *weights, int64_t rows, int64_t k, int64_t n, T *out, int threads),
+     (parts, place, weights, rows, k, n, out, threads))
+EACH(vocab,
+     (const T *logits, int64_t rows, int64_t n, int64_t first, float cap, const float *temperature, const float *own,
+      const double *uniforms, int64_t blocks, T *probs, void *state, float *room, int threads),
+     (logits, rows, n, first, cap, temperature, own, uniforms, blocks, probs, (Ops<T>::Row *)state, room, threads))
