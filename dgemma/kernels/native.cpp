@@ -206,14 +206,15 @@ template <class T> struct Ops {
         for (int64_t t = 0; t < rows; t++) {
             T *row = x + t * n;
             float top = highest(row, n);
-            if (sizeof(T) == 4) {
+            float keep[4096], scale;
+            if (n <= 4096) {
                 EACH_ALONE
-                for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(exp_(wide(row[i]) - top));
-                float scale = 1 / total(n, [=](int64_t i) { return wide(row[i]); });
+                for (int64_t i = 0; i < n; i++) keep[i] = exp_(wide(row[i]) - top);
+                scale = 1 / total(n, [&](int64_t i) { return keep[i]; });
                 EACH_ALONE
-                for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(wide(row[i]) * scale);
-            } else { // rounded only once: exponentials are taken twice rather than stored
-                float scale = 1 / total(n, [=](int64_t i) { return exp_(wide(row[i]) - top); });
+                for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(keep[i] * scale);
+            } else { // rather twice than stored: the same bits
+                scale = 1 / total(n, [=](int64_t i) { return exp_(wide(row[i]) - top); });
                 EACH_ALONE
                 for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(exp_(wide(row[i]) - top) * scale);
             }
