@@ -18,6 +18,7 @@ import torch
 from dgemma.checkpoint.load import Checkpoint, load_checkpoint
 from dgemma.config import EngineConfig, GenerationConfig, ModelConfig
 from dgemma.engine import Engine, Request, Worker, token_logprobs, validate
+from dgemma.engine.request import is_approximate
 from dgemma.engine.streams import AsyncStream, Stream, Submitted
 from dgemma.errors import ConfigError, RequestError
 from dgemma.events import Committed, Event, Finished
@@ -47,7 +48,8 @@ class Generation:
     denoising steps, and why they ended ("stable" or "cap"); in mode "ar" there are no steps and `stops` is
     ("ar",). `tokens_per_forward` divides by denoising steps and passes that encode committed tokens; the
     prompt's pass counts only in mode "ar", where it gives the first token. `seconds` is wall time, waiting in
-    the queue included. `cached_tokens` of the prompt came from an earlier turn's cache.
+    the queue included. `cached_tokens` of the prompt had been encoded by earlier requests. `approximate` tells that
+    some canvas may have a width that the checkpoint does not say it was trained with.
     """
 
     text: str
@@ -62,6 +64,7 @@ class Generation:
     seconds: float
     model: str
     cached_tokens: int
+    approximate: bool
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,11 @@ class LLM:
         ids = self.tokenizer.encode(self.chat_template.render(messages, **template))
         return ids if ids[:1] == [self.tokenizer.bos] else [self.tokenizer.bos, *ids]
 
-    def request(self, prompt: Prompt, *, watch: bool = False, reuse: bool = False, **overrides: Any) -> Request:
-        """A checked request for the engine: `overrides` over the checkpoint's generation settings."""
+    def request(self, prompt: Prompt, *, watch: bool = False, reuse: bool = True, **overrides: Any) -> Request:
+        """A checked request for the engine: `overrides` over the checkpoint's generation settings.
+
+        `reuse=False` encodes the whole prompt, whatever other requests have encoded; the answer is the same.
+        """
         if "steps" in overrides:
             if "max_denoising_steps" in overrides:
                 raise RequestError("steps is another name of max_denoising_steps; give one of them")
@@ -162,16 +168,16 @@ class LLM:
         return self._events(self.request(prompt, watch=True, **overrides))
 
     def chat(self, messages: Messages, *, template: Mapping[str, Any] | None = None, **overrides: Any) -> Generation:
-        """Answer a conversation. Its next turn will reuse what this one has encoded."""
+        """Answer a conversation; a later turn need not encode again what this one's prompt had."""
         ids = self.encode_chat(messages, **(template or {}))
-        return self._answers([self.request(ids, reuse=True, **overrides)])[0]
+        return self._answers([self.request(ids, **overrides)])[0]
 
     def chat_stream(
         self, messages: Messages, *, template: Mapping[str, Any] | None = None, **overrides: Any
     ) -> Iterator[Event]:
         """The events of `chat`; see `stream`."""
         ids = self.encode_chat(messages, **(template or {}))
-        return self._events(self.request(ids, watch=True, reuse=True, **overrides))
+        return self._events(self.request(ids, watch=True, **overrides))
 
     async def agenerate(self, prompt: Any, **overrides: Any) -> Any:
         """`generate` without blocking the event loop. Cancelling it aborts the requests."""
@@ -238,6 +244,7 @@ class LLM:
             seconds=stream.seconds,
             model=self.name,
             cached_tokens=end.cached_tokens,
+            approximate=is_approximate(config, self.config),
         )
 
 

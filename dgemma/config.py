@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dgemma.errors import ConfigError, RequestError
 
@@ -41,7 +41,7 @@ class ModelConfig:
 
     `num_experts = 0` selects Gemma 4's dense block, which HF's DiffusionGemma cannot build.
     `canvas_positions > 0` adds a learned embedding of that many canvas positions (ours; absent from released
-    checkpoints, zero-initialised).
+    checkpoints, zero-initialised). `canvas_widths` (ours, too) are the widths of a model trained at several, ascending.
     """
 
     vocab_size: int
@@ -55,6 +55,7 @@ class ModelConfig:
     sliding_window: int
     canvas_length: int = 256
     canvas_positions: int = 0
+    canvas_widths: tuple[int, ...] = ()
     max_positions: int = 131_072
     softcap: float = 30.0
     norm_eps: float = 1e-6
@@ -75,6 +76,10 @@ class ModelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if any(width < 1 for width in self.canvas_widths) or list(self.canvas_widths) != sorted(
+            set(self.canvas_widths)
+        ):
+            raise ConfigError(f"canvas_widths must be ascending whole numbers from 1, got {list(self.canvas_widths)}")
         if not self.layers:
             raise ConfigError("a model needs at least one layer, got none")
         if self.num_experts and not 1 <= self.top_k_experts <= self.num_experts:
@@ -161,6 +166,7 @@ class ModelConfig:
             "eos_token_id": list(self.eos_tokens),
             "text_config": text,
             **({"dgemma_canvas_positions": self.canvas_positions} if self.canvas_positions else {}),
+            **({"dgemma_canvas_widths": list(self.canvas_widths)} if self.canvas_widths else {}),
         }
 
 
@@ -209,6 +215,7 @@ def _model_from_text(text: dict[str, Any], top: Mapping[str, Any]) -> ModelConfi
         sliding_window=int(text.get("sliding_window") or 512),
         canvas_length=int(top.get("canvas_length") or 256),
         canvas_positions=int(top.get("dgemma_canvas_positions") or 0),
+        canvas_widths=token_ids(top.get("dgemma_canvas_widths")),
         max_positions=int(text.get("max_position_embeddings") or 131_072),
         softcap=float(text.get("final_logit_softcapping") or 30.0),
         norm_eps=float(text.get("rms_norm_eps", 1e-6)),
@@ -225,7 +232,7 @@ def _model_from_text(text: dict[str, Any], top: Mapping[str, Any]) -> ModelConfi
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """An HF token field (null, one id or a list) as a tuple."""
+    """A field of whole numbers (null, one or a list; HF writes token ids so) as a tuple."""
     if value is None:
         return ()
     return tuple(int(x) for x in value) if isinstance(value, list | tuple) else (int(value),)
@@ -233,6 +240,7 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 Mode = Literal["diffusion", "ar"]
 Convention = Literal["hf", "jax"]
+Narrow = Literal["auto", "never", "short", "adaptive"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +264,11 @@ class GenerationConfig:
     confidence_threshold: float | None = 0.005
     canvas_length: int | None = None
     """Positions per canvas; None takes the checkpoint's."""
+    narrow: Narrow = "auto"
+    """When a canvas has fewer positions than that. `"short"`: where the rest of the answer needs no more, rounded up to
+    a width of training. `"adaptive"`: also at first, so that text comes early; each canvas has the next wider one.
+    `"auto"`: `"short"` if the checkpoint names its widths and `canvas_length` is not chosen, else `"never"`.
+    """
     sampler: str = "entropy_bound"
     convention: Convention = "hf"
     mode: Mode = "diffusion"
@@ -288,9 +301,9 @@ class GenerationConfig:
         self._real("accept_confidence", low=0.0, high=1.0)
         if self.t_max <= self.t_min:
             raise RequestError(f"t_max must be greater than t_min ({self.t_min}), got {self.t_max}")
-        for name, allowed in (("convention", ("hf", "jax")), ("mode", ("diffusion", "ar"))):
-            if getattr(self, name) not in allowed:
-                raise RequestError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name, allowed in (("convention", Convention), ("mode", Mode), ("narrow", Narrow)):
+            if getattr(self, name) not in get_args(allowed):
+                raise RequestError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
 
     def _whole(self, name: str, low: int | None = None) -> None:
         value = getattr(self, name)
@@ -348,7 +361,10 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How much an engine takes on at once. None of these changes an answer's law; `encode_chunk` changes rounding."""
+    """How much an engine takes on at once. None of these changes an answer's law.
+
+    Of all only `block` (and so an `encode_chunk` below it) may change last bits.
+    """
 
     max_batch_rows: int = 64
     """Requests that advance together (and hold a cache); later ones wait in the order they came."""
@@ -359,7 +375,14 @@ class EngineConfig:
     encode_chunk: int = 512
     """Tokens of one request that one pass encodes; a long prompt takes several passes."""
     prefix_cache_tokens: int = 32_768
-    """Tokens of finished conversations kept for their next turn; 0 keeps none."""
+    """Tokens whose keys and values are kept for requests that begin with the same ones; 0 keeps none."""
+    prefix_block: int = 32
+    """Tokens that are encoded, kept and reused together. Smaller ones find longer beginnings, larger ones cost less."""
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block: no more than a pass takes."""
+        return min(self.prefix_block, self.encode_chunk)
 
     def __post_init__(self) -> None:
         for field in fields(self):

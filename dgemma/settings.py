@@ -71,6 +71,10 @@ GENERATION = (
     Option("seed", int, "the same seed gives the same text", "seed"),
     Option("steps", int, "at most so many denoising steps a canvas", "max_denoising_steps"),
     Option("canvas_length", int, "positions of a canvas", "canvas_length", nullable=True),
+    Option(
+        "narrow", str, "fewer positions: never, where the rest is short, or at first, too (adaptive)", "narrow",
+        ("auto", "never", "short", "adaptive"),
+    ),
     Option("sampler", str, "entropy_bound, confidence or ancestral", "sampler"),
     Option("entropy_bound", float, "nats that one step's accepted positions may sum to", "entropy_bound"),
     Option("accept_confidence", float, "confidence sampler: the least probability", "accept_confidence"),

@@ -139,7 +139,8 @@ def test_an_interrupt_aborts_and_the_model_stays_usable(llm: LLM) -> None:
 
 
 def test_later_turns_reuse_what_earlier_ones_encoded(folder: Path) -> None:
-    talker, fresh = (LLM.load(folder, device="cpu", dtype="float64") for _ in range(2))
+    engines = EngineConfig(prefix_block=8), EngineConfig(prefix_block=8, prefix_cache_tokens=0)
+    talker, fresh = (LLM.load(folder, device="cpu", engine=engine) for engine in engines)
     messages = [{"role": "user", "content": "Once upon a time there was"}]
     for turn in range(3):
         answer = talker.chat(messages, seed=turn)

@@ -1,4 +1,4 @@
-"""Caches against naive lists: what is seen at every length, roll-back, copies, chunks; and the prefix store."""
+"""A request's cache against naive lists: what is seen at every length, roll-back, copies, parts of a pass, chunks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from engine_kit import VOCAB, WINDOW, prompt, tiny_config, tiny_model
+from engine_kit import WINDOW, prompt, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import NaiveCache
@@ -14,7 +14,7 @@ from naive import denoise as naive_denoise
 from naive import encode as naive_encode
 from torch import Tensor
 
-from dgemma.cache import KVCache, PrefixStore
+from dgemma.cache import KVCache
 from dgemma.config import ModelConfig
 from dgemma.engine.attend import DenoiseAttend, EncodeAttend
 from dgemma.model import DiffusionGemma
@@ -71,6 +71,45 @@ def check(cache: KVCache, lists: Lists) -> None:
         assert read(cache.prefix(layer)) == lists.seen(layer, lists.marks)
 
 
+def together(cache: KVCache, lists: Lists, counts: list[int]) -> None:
+    """Several parts in one pass: every layer appends them all before the next one begins."""
+    news = [lists.fresh(count) for count in counts]
+    views = cache.segments(counts)
+    for layer in range(lists.config.num_layers):
+        seen = list(lists.marks)
+        for view, new in zip(views, news, strict=True):
+            assert view.length == len(seen)
+            seen += new
+            assert read(view.append(layer, *keys(lists.config, layer, new))) == lists.seen(layer, seen, len(new))
+    check(cache, lists)
+    cache.advance(sum(counts))
+    lists.marks += [mark for new in news for mark in new]
+
+
+def copied(cache: KVCache, lists: Lists, size: int, reach: int) -> KVCache:
+    """Copies cut at `size` and loaded again; where a ring has lost the beginning, what is left is copied right."""
+    length = len(lists.marks)
+    for start in range(max(0, length - min(reach, cache.slack)), length):
+        block = cache.copy(start, length)
+        assert block is not None and [read(pair) for pair in block] == [lists.marks[start:]] * len(block)
+    blocks = [cache.copy(start, min(start + size, length)) for start in range(0, length, size)]
+    lost = [number for number, block in enumerate(blocks) if block is None]
+    assert lost == list(range(len(lost)))  # the oldest first
+    twin, other = fresh(lists.config.sliding_window, lists.slack)
+    if lost:
+        append_all(twin, other, lists.marks)
+    else:
+        twin.load([block for block in blocks if block is not None])
+    return twin
+
+
+def append_all(cache: KVCache, lists: Lists, marks: list[int]) -> None:
+    for mark in marks:
+        for layer in range(lists.config.num_layers):
+            cache.append(layer, *keys(lists.config, layer, [mark]))
+        cache.advance(1)
+
+
 def fresh(window: int, slack: int) -> tuple[KVCache, Lists]:
     config = tiny_config(sliding_window=window)
     return KVCache(config, CPU, torch.float32, slack), Lists(config, slack)
@@ -80,7 +119,8 @@ steps = st.one_of(
     st.tuples(st.just("append"), st.integers(1, 200)),
     st.tuples(st.just("interrupted"), st.integers(1, 200)),
     st.tuples(st.just("truncate"), st.integers(0, 60)),
-    st.tuples(st.just("clone"), st.integers(0, 1)),
+    st.tuples(st.just("copied"), st.integers(1, 7)),
+    st.tuples(st.just("parts"), st.integers(2, 5)),
 )
 
 
@@ -101,10 +141,13 @@ def test_any_history_equals_lists(window: int, slack: int, script: list[tuple[st
                 cache.truncate(length)
                 lists.marks = lists.marks[:length]
                 reach -= amount
-        else:
-            twin = cache.clone()
-            cache, twin = (twin, cache) if amount else (cache, twin)
-            append(twin, Lists(lists.config, slack, list(lists.marks), lists.counter), 1)
+        elif action == "parts":
+            counts = [1 + (number * amount) % 3 for number in range(amount)]
+            if sum(counts) <= slack:
+                together(cache, lists, counts)
+                reach = min(slack, reach + sum(counts))
+        elif lists.marks:
+            cache, reach = copied(cache, lists, amount, reach), min(slack, len(lists.marks))
         check(cache, lists)
 
 
@@ -199,79 +242,3 @@ def test_denoising_writes_nothing() -> None:
     for layer, (k, v) in zip(cache._layers, kept, strict=True):
         used = slice(0, 11)
         assert torch.equal(layer._k[used], k[used]) and torch.equal(layer._v[used], v[used])
-
-
-# -- the prefix store ----------------------------------------------------------------
-
-
-def filled(ids: list[int], slack: int = 8) -> KVCache:
-    """A cache whose marks are the ids themselves."""
-    config = tiny_config()
-    cache = KVCache(config, CPU, torch.float32, slack)
-    for start in range(0, len(ids), slack):
-        part = ids[start : start + slack]
-        for layer in range(config.num_layers):
-            cache.append(layer, *keys(config, layer, part))
-        cache.advance(len(part))
-    return cache
-
-
-def test_take_gives_the_longest_beginning_and_a_copy() -> None:
-    store = PrefixStore(100)
-    for ids in ([1, 2], [1, 2, 3, 4], [9, 2, 3]):
-        store.put(ids, filled(ids))
-    first = store.take([1, 2, 3, 4, 5], limit=5)
-    assert first is not None and read(first.prefix(1)) == [1, 2, 3, 4]
-    for layer in range(4):
-        first.append(layer, *keys(tiny_config(), layer, [77]))
-    first.advance(1)
-    second = store.take([1, 2, 3, 4, 5], limit=5)
-    assert second is not None and read(second.prefix(1)) == [1, 2, 3, 4]
-    assert read(first.prefix(1)) == [1, 2, 3, 4, 77]
-    assert store.take([8, 1, 2], limit=3) is None
-    assert store.take([1, 2], limit=0) is None
-
-
-def test_take_leaves_what_the_limit_asks_for() -> None:
-    store = PrefixStore(100)
-    store.put([1, 2, 3, 4], filled([1, 2, 3, 4]))
-    found = store.take([1, 2, 3, 4], limit=3)
-    assert found is not None and read(found.prefix(1)) == [1, 2, 3]
-
-
-def test_take_rolls_back_to_the_first_difference_only_while_the_ring_allows() -> None:
-    store, ids = PrefixStore(1000), list(range(3, 63))
-    store.put(ids, filled(ids))
-    near = store.take([*ids[:55], 1, 1, 1], limit=58)
-    assert near is not None and near.length == 55 and read(near.prefix(0)) == ids[50:55]
-    assert store.take([*ids[:40], 1], limit=41) is None
-
-
-def test_the_least_recently_used_goes_first() -> None:
-    store = PrefixStore(10)
-    for first in (1, 2, 3):
-        store.put([first, 5, 6], filled([first, 5, 6]))
-    assert store.take([1, 5, 6], limit=3) is not None
-    store.put([4, 5, 6], filled([4, 5, 6]))
-    assert [store.take([first, 5, 6], limit=3) is not None for first in (1, 2, 3, 4)] == [True, False, True, True]
-    assert store.tokens == 9
-
-
-def test_a_store_of_nothing_keeps_nothing_and_a_long_one_is_not_kept() -> None:
-    for room in (0, 2):
-        store = PrefixStore(room)
-        store.put([1, 2, 3], filled([1, 2, 3]))
-        assert store.tokens == 0 and store.take([1, 2, 3], limit=3) is None
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), max_size=8), st.integers(0, 40))
-def test_the_store_never_exceeds_its_room(entries: list[list[int]], room: int) -> None:
-    store = PrefixStore(room)
-    for ids in entries:
-        store.put(ids, filled(ids))
-        assert store.tokens <= room
-    for ids in entries:
-        found = store.take([*ids, VOCAB], limit=len(ids) + 1)
-        if found is not None:
-            assert read(found.prefix(1)) == ids[: found.length]

@@ -1,6 +1,6 @@
-"""K/V memory of clean tokens: one cache per request, and a store of finished ones. Knows no network."""
+"""K/V memory of clean tokens: one cache per request, and a store of what requests share. Knows no network."""
 
 from dgemma.cache.kv import KVCache
-from dgemma.cache.prefix import PrefixStore
+from dgemma.cache.prefix import PrefixCounters, PrefixStore
 
-__all__ = ["KVCache", "PrefixStore"]
+__all__ = ["KVCache", "PrefixCounters", "PrefixStore"]

@@ -7,10 +7,15 @@ them stay readable.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dgemma.config import ModelConfig
+
+Block = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values `[n, K, D]` of n consecutive tokens, layer by layer."""
 
 _FIRST = 64  # slots of a fresh buffer; doubled when full
 
@@ -27,7 +32,6 @@ class KVCache:
         self.length = 0
         self.slack = slack
         self._window = config.sliding_window
-        self._written = 0  # one past the highest position ever stored: tells what the rings still hold
         self._layers = [
             _Layer(
                 self._window - 1 + slack if layer.kind == "sliding" else None,
@@ -44,7 +48,6 @@ class KVCache:
         """
         count = k.shape[0]
         assert 1 <= count <= self.slack
-        self._written = max(self._written, self.length + count)
         store = self._layers[layer]
         store.write(self.length, k, v)
         return store.read(self._first(store), self.length + count)
@@ -58,37 +61,77 @@ class KVCache:
         store = self._layers[layer]
         return store.read(self._first(store), self.length)
 
+    def segments(self, counts: Sequence[int]) -> list[KVCache]:
+        """This cache seen from the beginning of each of consecutive parts of one pass, `counts` tokens long.
+
+        All write here. Each part sees what those before it appended to the same layer, so they must be served in
+        order, layer by layer; together they may be `slack` tokens long. Only `advance` of the cache itself counts.
+        """
+        assert sum(counts) <= self.slack
+        views, start = [], self.length
+        for count in counts:
+            view = object.__new__(KVCache)
+            view.__dict__.update(self.__dict__)
+            view.length = start
+            views.append(view)
+            start += count
+        return views
+
     def can_truncate(self, length: int) -> bool:
         """Whether the rings still hold the W - 1 tokens before `length`."""
-        rings = [store.slots for store in self._layers if store.slots is not None]
-        oldest = max((self._written - slots for slots in rings), default=0)
-        return 0 <= length <= self.length and (oldest <= 0 or length - (self._window - 1) >= oldest)
+        return 0 <= length <= self.length and self._holds(max(0, length - (self._window - 1)))
 
     def truncate(self, length: int) -> None:
         """Roll back to `length`. Allowed where `can_truncate` says so: always for up to `slack` tokens."""
         assert self.can_truncate(length)
         self.length = length
 
-    def clone(self) -> KVCache:
-        """An independent copy, no larger than its tokens need."""
-        twin = object.__new__(KVCache)
-        twin.__dict__.update(self.__dict__)
-        twin._layers = [layer.clone(self._written) for layer in self._layers]
-        return twin
+    def copy(self, start: int, stop: int) -> Block | None:
+        """Copies of tokens start .. stop - 1 of every layer; None if a ring has already overwritten some."""
+        assert 0 <= start < stop <= self.length
+        if not self._holds(start):
+            return None
+        # A part that does not wrap is a view of the buffer.
+        return tuple((k.clone(), v.clone()) for k, v in (layer.read(start, stop) for layer in self._layers))
+
+    def load(self, blocks: Sequence[Block]) -> None:
+        """Fill an empty cache with the tokens of consecutive `blocks`, the first of which begins at position 0."""
+        assert self.length == 0
+        sizes = [block[0][0].shape[0] for block in blocks]
+        tokens = sum(sizes)
+        for index, store in enumerate(self._layers):
+            first = 0 if store.slots is None else max(0, tokens - store.slots)
+            start = 0
+            for block, size in zip(blocks, sizes, strict=True):
+                skipped = max(0, first - start)
+                if skipped < size:
+                    k, v = block[index]
+                    store.write(start + skipped, k[skipped:], v[skipped:])
+                start += size
+        self.length = tokens
+
+    def _holds(self, start: int) -> bool:
+        """Whether no ring has overwritten position `start` or a later one."""
+        return all(store.slots is None or store.written - store.slots <= start for store in self._layers)
 
     def _first(self, store: _Layer) -> int:
         return 0 if store.slots is None else max(0, self.length - (self._window - 1))
 
 
 class _Layer:
-    """Position p lives in slot p (`slots` None) or p mod slots. Grows by doubling up to `slots`."""
+    """Position p lives in slot p (`slots` None) or p mod slots. Grows by doubling up to `slots`.
+
+    `written` is one past the highest position ever stored: it tells what a ring still holds.
+    """
 
     def __init__(self, slots: int | None, empty: Tensor) -> None:
         self.slots = slots
+        self.written = 0
         self._k = self._v = empty
 
     def write(self, start: int, k: Tensor, v: Tensor) -> None:
         self._reserve(start + k.shape[0])
+        self.written = max(self.written, start + k.shape[0])
         done = 0
         for part in self._parts(start, start + k.shape[0]):
             count = part.stop - part.start
@@ -100,12 +143,6 @@ class _Layer:
         if len(parts) == 1:
             return self._k[parts[0]], self._v[parts[0]]
         return torch.cat([self._k[part] for part in parts]), torch.cat([self._v[part] for part in parts])
-
-    def clone(self, tokens: int) -> _Layer:
-        used = tokens if self.slots is None else min(tokens, self.slots)
-        twin = _Layer(self.slots, self._k[:used].clone())
-        twin._v = self._v[:used].clone()
-        return twin
 
     def _parts(self, start: int, stop: int) -> list[slice]:
         """Slots of positions start .. stop - 1 in order: one slice, or two where the ring wraps."""

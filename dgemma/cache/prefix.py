@@ -1,61 +1,125 @@
-"""Reuse of finished caches: what a conversation has already encoded, its next turn need not encode again."""
+"""Reuse between requests: what one has encoded, another that begins with the same tokens need not encode again.
+
+Kept are *blocks*: the keys and values of `block` consecutive tokens in every layer, sliding ones too. A block is
+filed under a hash that is chained over its own tokens and all before it, down to a root that names the model, its
+adapters and the type; so requests that share a beginning share its blocks, and nothing is held twice. A copied ring
+at each boundary would be larger: W - 1 tokens of sliding keys where a block has `block`, and hits would exist at those
+boundaries only. With blocks any multiple of `block` is one, however long ago the ring of its request moved on.
+
+Knows ids and tensors, no requests. Which blocks hold exactly what a fresh run would compute is for its caller to say.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from threading import Lock
 
-from dgemma.cache.kv import KVCache
+from dgemma.cache.kv import Block, KVCache
+
+
+@dataclass(frozen=True)
+class PrefixCounters:
+    """Since the store began: how many requests found a block and how many none, and tokens in all of them."""
+
+    hits: int = 0
+    misses: int = 0
+    reused_tokens: int = 0
+    """Tokens that did not have to be encoded."""
+    kept_tokens: int = 0
+    evicted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Node:
+    root: bytes
+    parent: _Node | None
+    ids: tuple[int, ...]
+    key: bytes
+    kv: Block
 
 
 class PrefixStore:
-    """Finished caches by their token ids: at most `max_tokens` in all, the least recently used goes first.
+    """At most `max_tokens` tokens in blocks of `block`; the least recently used block goes first.
 
-    Keys are ids and nothing else, so a store serves one model in one type. A turn whose text was tokenised
-    differently the second time still reuses the cache up to the first difference, as far as the sliding rings
-    can be rolled back.
+    May be shared: a lock guards it, and `root` keeps apart what must not be mixed.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._entries: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
+    def __init__(self, max_tokens: int, block: int) -> None:
+        assert block >= 1
+        self.block = block
+        self.counters = PrefixCounters()
+        self._room = max_tokens // block
+        self._nodes: OrderedDict[bytes, _Node] = OrderedDict()
+        self._lock = Lock()
 
     @property
     def tokens(self) -> int:
         """Tokens held now."""
-        return sum(map(len, self._entries))
+        return len(self._nodes) * self.block
 
-    def put(self, ids: Sequence[int], cache: KVCache) -> None:
-        """Keep `cache`, which holds exactly `ids`. The caller must not use it afterwards."""
-        key = tuple(ids)
-        assert len(key) == cache.length
-        if not key or len(key) > self._max_tokens:
-            return
-        self._entries[key] = cache
-        self._entries.move_to_end(key)
-        while self.tokens > self._max_tokens:
-            self._entries.popitem(last=False)
+    def put(self, root: bytes, ids: Sequence[int], cache: KVCache) -> None:
+        """Keep the whole blocks of `ids`, the first tokens of `cache`; nothing is copied that is here already.
 
-    def take(self, ids: Sequence[int], limit: int) -> KVCache | None:
-        """A copy of the cache with the longest common beginning with `ids`, cut to `limit`; None without one."""
-        best, length = None, 0
-        for key, cache in self._entries.items():
-            shared = min(_shared(key, ids), limit)
-            if shared > length and cache.can_truncate(shared):
-                best, length = key, shared
-        if best is None:
-            return None
-        self._entries.move_to_end(best)
-        copy = self._entries[best].clone()
-        copy.truncate(length)
-        return copy
+        Ends at the first block that the rings of `cache` no longer hold. A prompt longer than the store keeps its
+        beginning.
+        """
+        with self._lock:
+            chain = self._chain(root, ids)
+            kept = 0
+            for start in range(len(chain) * self.block, len(ids) - self.block + 1, self.block):
+                parent, part = chain[-1] if chain else None, tuple(ids[start : start + self.block])
+                key = _key(root, parent, part)
+                # A taken key is a collision: `_chain` would have found this block.
+                if len(chain) == self._room or key in self._nodes:
+                    break
+                kv = cache.copy(start, start + self.block)
+                if kv is None:
+                    break
+                self._nodes[key] = _Node(root, parent, part, key, kv)
+                chain.append(self._nodes[key])
+                kept += self.block
+            self._touch(chain)
+            evicted = 0
+            while len(self._nodes) > self._room:
+                self._nodes.popitem(last=False)
+                evicted += self.block
+            self._count(kept_tokens=kept, evicted_tokens=evicted)
+
+    def take(self, root: bytes, ids: Sequence[int], cache: KVCache) -> int:
+        """Fill the empty `cache` with the longest kept beginning of `ids`; how many tokens that were."""
+        with self._lock:
+            chain = self._chain(root, ids)
+            self._touch(chain)
+            tokens = len(chain) * self.block
+            self._count(hits=bool(chain), misses=not chain, reused_tokens=tokens)
+        # Blocks are never written again, so they may be read without the lock.
+        cache.load([node.kv for node in chain])
+        return tokens
+
+    def _chain(self, root: bytes, ids: Sequence[int]) -> list[_Node]:
+        chain: list[_Node] = []
+        for start in range(0, len(ids) - self.block + 1, self.block):
+            parent, part = chain[-1] if chain else None, tuple(ids[start : start + self.block])
+            node = self._nodes.get(_key(root, parent, part))
+            # The hash finds, the tokens decide: by the parent's identity all tokens before are equal, too.
+            if node is None or node.parent is not parent or node.ids != part or node.root != root:
+                break
+            chain.append(node)
+        return chain
+
+    def _touch(self, chain: Sequence[_Node]) -> None:
+        """Make a chain the latest used, its beginning last: so a block never goes before those that follow it."""
+        for node in reversed(chain):
+            self._nodes.move_to_end(node.key)
+
+    def _count(self, **added: int) -> None:
+        now = vars(self.counters)
+        self.counters = replace(self.counters, **{name: now[name] + more for name, more in added.items()})
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids are equal."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
+def _key(root: bytes, parent: _Node | None, ids: Sequence[int]) -> bytes:
+    return blake2b((parent.key if parent else root) + array("q", ids).tobytes(), digest_size=16).digest()

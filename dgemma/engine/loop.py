@@ -6,14 +6,16 @@ requests join and leave between ticks, and nobody waits for the slowest. One thr
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
+from hashlib import blake2b
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from dgemma.cache import KVCache, PrefixStore
+from dgemma.cache import KVCache, PrefixCounters, PrefixStore
 from dgemma.config import EngineConfig
 from dgemma.diffusion.finalise import finalise
 from dgemma.diffusion.protocol import Stats, Step
@@ -21,8 +23,8 @@ from dgemma.engine.autoregressive import next_tokens
 from dgemma.engine.batch import CanvasBatch
 from dgemma.engine.request import Request, State, max_canvas, validate
 from dgemma.engine.runner import Counters, Runner
-from dgemma.engine.scheduler import chunk, plan_denoise, plan_encode
-from dgemma.errors import CapacityError
+from dgemma.engine.scheduler import parts, plan_denoise, plan_encode
+from dgemma.errors import CapacityError, ConfigError
 from dgemma.events import Committed, Draft, Event, Finished
 from dgemma.model import DiffusionGemma
 
@@ -30,12 +32,29 @@ _DEFAULT = EngineConfig()
 
 
 class Engine:
-    """Runs requests on one model. `add` any time; call `tick` while `has_work`."""
+    """Runs requests on one model. `add` any time; call `tick` while `has_work`.
 
-    def __init__(self, model: DiffusionGemma, config: EngineConfig = _DEFAULT) -> None:
+    The weights must not change while `prefixes` holds blocks. A store may be given, to be shared by engines whose
+    `identity` (model, revision, adapters: whatever says which weights these are) is the same; without one nothing
+    is ever taken from another engine.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        config: EngineConfig = _DEFAULT,
+        *,
+        prefixes: PrefixStore | None = None,
+        identity: str = "",
+    ) -> None:
         self.config, self.model_config = config, model.config
         self.runner = Runner(model)
-        self.prefixes = PrefixStore(config.prefix_cache_tokens)
+        self.prefixes = prefixes or PrefixStore(config.prefix_cache_tokens, config.block)
+        if self.prefixes.block != config.block:
+            raise ConfigError(f"the engine needs a prefix store of blocks of {config.block}, got {self.prefixes.block}")
+        which = identity.encode() or os.urandom(16)
+        named = f"{model.config} {self.runner.dtype} {self.runner.device} {config.block}".encode()
+        self._root = blake2b(which + b"\0" + named, digest_size=16).digest()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, State] = {}
         self._next_id = 0
@@ -71,6 +90,11 @@ class Engine:
         """Forward passes so far."""
         return self.runner.counters
 
+    @property
+    def prefix_counters(self) -> PrefixCounters:
+        """What reuse between requests did so far. May be read from any thread."""
+        return self.prefixes.counters
+
     def tick(self) -> list[Event]:
         """Encode what is pending, then take a denoising step; the events of both in order."""
         while self._waiting and len(self._running) < self.config.max_batch_rows:
@@ -83,29 +107,39 @@ class Engine:
         return KVCache(self.model_config, self.runner.device, self.runner.dtype, slack)
 
     def _admit(self, number: int, request: Request) -> None:
-        cache = None
-        if request.reuse:
+        state = State(number, request, self.new_cache(), list(request.prompt), next(self._turn))
+        if request.reuse and self.config.prefix_cache_tokens:
             # The next token's distribution comes from encoding the last one, so AR must leave it to do.
-            limit = len(request.prompt) - (request.config.mode == "ar")
-            cache = self.prefixes.take(request.prompt, limit)
-        cache = cache or self.new_cache()
-        self._running[number] = State(
-            number, request, cache, list(request.prompt), next(self._turn), cached_tokens=cache.length
-        )
+            usable = request.prompt[: len(request.prompt) - (request.config.mode == "ar")]
+            state.cached_tokens = state.whole = self.prefixes.take(self._root, usable, state.cache)
+        self._running[number] = state
 
     def _encode(self) -> list[Event]:
         states = plan_encode(self._running.values(), self.config)
         if not states:
             return []
-        jobs = []
-        for state in states:
+        jobs: list[tuple[KVCache, Sequence[int]]] = []
+        cuts = [parts(state, self.config) for state in states]
+        for state, counts in zip(states, cuts, strict=True):
             state.turn = next(self._turn)
             state.encode_passes += state.cache.length >= len(state.request.prompt)
-            start = state.cache.length
-            jobs.append((state.cache, state.ids[start : start + chunk(state, self.config)]))
-        hidden = self.runner.encode(jobs)
+            for cache, size in zip(state.cache.segments(counts), counts, strict=True):
+                jobs.append((cache, state.ids[cache.length : cache.length + size]))
+        rest = iter(self.runner.encode(jobs))
+        hidden = [[next(rest) for _ in counts][-1] for counts in cuts]
+        for state, counts in zip(states, cuts, strict=True):
+            self._advance(state, counts)
         last = [rows[-1:] for state, rows in zip(states, hidden, strict=True) if _draws_next(state)]
         return self._extend([state for state in states if _draws_next(state)], last) if last else []
+
+    def _advance(self, state: State, counts: Sequence[int]) -> None:
+        """Make what a pass encoded part of the cache, and keep its whole blocks for others."""
+        aligned = state.whole == state.cache.length
+        state.cache.advance(sum(counts))
+        fresh = counts.count(self.config.block) * self.config.block if aligned else 0
+        state.whole += fresh
+        if fresh and state.request.reuse:
+            self.prefixes.put(self._root, state.ids[: state.whole], state.cache)
 
     def _extend(self, states: Sequence[State], last: Sequence[Tensor]) -> list[Event]:
         """The next token of autoregressive requests from their last hidden states `[1, H]`."""
@@ -160,8 +194,6 @@ class Engine:
 
     def _finish(self, state: State, reason: str) -> Finished:
         del self._running[state.id]
-        if state.request.reuse:
-            self.prefixes.put(state.ids[: state.cache.length], state.cache)
         return Finished(
             request=state.id,
             reason=reason,

@@ -15,21 +15,21 @@ from dgemma.diffusion.stop import History
 from dgemma.errors import RequestError
 
 _WIDEST_REFERENCE_CANVAS = 256
+_UNTRAINED = (16, 32, 64, 128, 256, 512, 1024)  # what narrow canvases round up to where the checkpoint names no widths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt of token ids and what to do with it.
 
-    `watch` asks for a `Draft` event per denoising step. `reuse` lets the request start from the cache of an
-    earlier one that also said so (the turns of a conversation). Reused keys may differ in their last bits
-    from freshly computed ones, so an answer that must not depend on what ran before leaves it off.
+    `watch` asks for a `Draft` event per denoising step. `reuse` lets the request start from what others that
+    began with the same tokens have encoded, and leave its own for others; that changes no bit of the answer.
     """
 
     prompt: tuple[int, ...]
     config: GenerationConfig
     watch: bool = False
-    reuse: bool = False
+    reuse: bool = True
 
 
 @dataclass
@@ -61,6 +61,8 @@ class State:
     turn: int
     """When this request last got a place in a batch, or came: the lowest goes first."""
     cached_tokens: int = 0
+    whole: int = 0
+    """Leading tokens of the cache that were encoded in whole blocks (see `scheduler.parts`)."""
     canvas: Canvas | None = None
     steps: list[int] = field(default_factory=list)
     encode_passes: int = 0
@@ -85,17 +87,49 @@ class State:
         """Tokens that the budget still allows."""
         return self.config.max_new_tokens - self.completion
 
+    def next_width(self, model: ModelConfig) -> int:
+        """Positions of the canvas that takes the next step."""
+        return self.canvas.width if self.canvas else canvas_width(self.config, model, len(self.steps), self.room)
+
     def start_canvas(self, model: ModelConfig, device: torch.device) -> Canvas:
         """Begin the next canvas from pure noise."""
-        config, index, width = self.config, len(self.steps), canvas_width(self.config, model)
+        config, index, width = self.config, len(self.steps), self.next_width(model)
         ids = first_canvas(config.seed, config.choice, index, width, model.vocab_size, device)
         self.canvas = Canvas(index, ids, config.max_denoising_steps, History.start(ids[None]))
         return self.canvas
 
 
-def canvas_width(config: GenerationConfig, model: ModelConfig) -> int:
-    """Positions per canvas of a request."""
-    return config.canvas_length or model.canvas_length
+def canvas_width(config: GenerationConfig, model: ModelConfig, index: int, room: int) -> int:
+    """Positions of canvas `index` (from 0) of a request that may still commit `room` tokens; see `narrow`."""
+    widths, rule = canvas_widths(config, model), config.narrow
+    fitting = next((width for width in widths if width >= room), widths[-1])
+    return min(fitting, widths[min(index, len(widths) - 1)]) if rule == "adaptive" else fitting
+
+
+def canvas_widths(config: GenerationConfig, model: ModelConfig) -> list[int]:
+    """The widths that canvases of a request may have, ascending; the last is its canvas length."""
+    widest, named = config.canvas_length or model.canvas_length, model.canvas_widths
+    if config.narrow == "never" or (config.narrow == "auto" and (config.canvas_length or not named)):
+        return [widest]
+    return [*(width for width in named or _UNTRAINED if width < widest), widest]
+
+
+def is_approximate(config: GenerationConfig, model: ModelConfig) -> bool:
+    """Whether some canvas may have a width that the checkpoint does not say it was trained with."""
+    trained = {model.canvas_length, *model.canvas_widths}
+    return config.mode == "diffusion" and not trained.issuperset(canvas_widths(config, model))
+
+
+def _positions(config: GenerationConfig, model: ModelConfig) -> int:
+    """Positions of all canvases of an answer that uses its whole budget; canvases are never cut."""
+    total, index, room = 0, 0, config.max_new_tokens
+    widest = canvas_widths(config, model)[-1]
+    while room > 0:
+        width = canvas_width(config, model, index, room)
+        # Once a canvas is as wide as any, so are the next ones, until the rest is shorter.
+        count = max(1, room // width) if width == widest else 1
+        total, index, room = total + count * width, index + count, room - count * width
+    return total
 
 
 def max_canvas(model: ModelConfig) -> int:
@@ -117,13 +151,13 @@ def validate(request: Request, model: ModelConfig) -> None:
             raise RequestError(f"prompt token {place} is {token}; the vocabulary has ids 0..{model.vocab_size - 1}")
     budget = config.max_new_tokens
     if config.mode == "diffusion":
-        width, widest = canvas_width(config, model), max_canvas(model)
+        width, widest = canvas_widths(config, model)[-1], max_canvas(model)
         if width > widest:
             raise RequestError(f"canvas_length must be at most {widest} for this model, got {width}")
         get_sampler(config.sampler)
         if config.top_p < 1.0:
             raise RequestError(f"top_p works in mode 'ar' only; in mode 'diffusion' it must be 1.0, got {config.top_p}")
-        budget = -(-budget // width) * width  # canvases are always whole
+        budget = _positions(config, model)
     if len(prompt) + budget > model.max_positions:
         raise RequestError(
             f"prompt ({len(prompt)} tokens) and answer ({budget} positions) need {len(prompt) + budget} "

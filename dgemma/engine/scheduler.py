@@ -1,5 +1,5 @@
 """Who gets a place in the next pass: whoever waited longest, first come first served, within the batch
-limits.
+limits; and how the tokens of one request are cut into passes and parts of passes.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from dgemma.config import EngineConfig, ModelConfig
-from dgemma.engine.request import State, canvas_width
+from dgemma.engine.request import State
 
 
 def plan_encode(states: Iterable[State], config: EngineConfig) -> list[State]:
@@ -18,12 +18,29 @@ def plan_encode(states: Iterable[State], config: EngineConfig) -> list[State]:
 def plan_denoise(states: Iterable[State], model: ModelConfig, config: EngineConfig) -> list[State]:
     """Requests whose canvas takes a step now."""
     ready = [state for state in states if state.config.mode == "diffusion" and not state.pending]
-    return _fill(ready, lambda state: canvas_width(state.config, model), config)
+    return _fill(ready, lambda state: state.next_width(model), config)
 
 
 def chunk(state: State, config: EngineConfig) -> int:
-    """Tokens of a request that one pass encodes: its own matter, so that batching changes no bits."""
-    return min(state.pending, config.encode_chunk)
+    """Tokens of a request that one pass encodes: its own matter, so that batching changes no bits.
+
+    A pass over whole blocks ends with one: `encode_chunk`, rounded down.
+    """
+    return min(state.pending, config.encode_chunk - config.encode_chunk % config.block)
+
+
+def parts(state: State, config: EngineConfig) -> list[int]:
+    """How attention cuts the next chunk: into blocks from position 0 on, as long as all before are whole blocks.
+
+    So the keys and values of a whole block depend on the tokens up to its end and on nothing else: neither on
+    `encode_chunk` nor on where an earlier request stopped. Attention alone mixes rows: a different number of
+    queries or keys in one call may change last bits.
+    """
+    count = chunk(state, config)
+    if state.whole != state.cache.length:
+        return [count]
+    whole, rest = divmod(count, config.block)
+    return [config.block] * whole + [rest] * (rest > 0)
 
 
 def _fill(states: list[State], size: Callable[[State], int], config: EngineConfig) -> list[State]:
