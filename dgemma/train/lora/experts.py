@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dgemma import kernels
-from dgemma.kernels import reference
 
 
 def factors(layer: Any, adapter: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,36 +24,26 @@ def factors(layer: Any, adapter: str, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Expert(NamedTuple):
-    """One expert's weight `[out, in]`, `a [rank, in]`, `b [out, rank]`."""
+    """One expert's weight `[out, in]`, `a [rank, in]`, `b [out, rank]`: as much of a `Matrix` as a product needs."""
 
     weight: Tensor
     a: Tensor
     b: Tensor
     scale: float
 
+    def __call__(self, x: Tensor) -> Tensor:
+        delta = kernels.linear(kernels.linear(x, self.a), self.b)
+        return kernels.linear(x, self.weight) + delta * self.scale
 
-class _Experts:
-    """What `reference.experts` asks of a fused weight: its shape and its experts."""
 
-    def __init__(self, weight: Tensor, layer: Any, adapter: str) -> None:
-        self.shape = weight.shape
-        a, b = factors(layer, adapter, weight)
-        self._parts = list(zip(weight.unbind(), a.unbind(), b.contiguous().unbind(), strict=True))
-        self._scale = layer.scaling[adapter]
-
-    def __getitem__(self, expert: int) -> _Expert:
-        return _Expert(*self._parts[expert], self._scale)
+def _experts(weight: Tensor, layer: Any, adapter: str) -> Any:
+    a, b = factors(layer, adapter, weight)
+    parts = zip(weight.unbind(), a.unbind(), b.contiguous().unbind(), strict=True)
+    return [_Expert(*part, layer.scaling[adapter]) for part in parts]
 
 
 def low_rank_experts(layer: Any, adapter: str, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """`Experts.forward` under peft's two nested wrappers: `layer` adapts `down_proj`, the one inside `gate_up_proj`."""
     base = layer.get_base_layer()
-    gate_up: Any = _Experts(base.gate_up_proj, layer.base_layer, adapter)
-    down: Any = _Experts(base.down_proj, layer, adapter)
-    product: Any = _product
-    return reference.experts(x, weights, ids, gate_up, down, matmul=product, activation=kernels.gelu)
-
-
-def _product(x: Tensor, expert: _Expert) -> Tensor:
-    delta = kernels.linear(kernels.linear(x, expert.a), expert.b)
-    return kernels.linear(x, expert.weight) + delta * expert.scale
+    gate_up = _experts(base.gate_up_proj, layer.base_layer, adapter)
+    return kernels.experts(x, weights, ids, gate_up, _experts(base.down_proj, layer, adapter))
