@@ -53,6 +53,15 @@ def tiny(tmp_path: Path, **changes: Any) -> Path:
     return path
 
 
+def test_the_result_names_the_widths_that_it_was_trained_with(tmp_path: Path) -> None:
+    first = run_recipe(load_recipe(tiny(tmp_path), ["loop.steps=1"]), tmp_path / "first", print)
+    assert first.model is not None and load_checkpoint(first.model).config.canvas_widths == (4, 8)
+    more = {"model": {"init": str(first.model)}}
+    settings = ["loop.steps=1", "data.widths={16: 1, 2: 1}", "data.phases=[{first_step: 0, widths: {16: 1}}]"]
+    second = run_recipe(load_recipe(tiny(tmp_path, **more), settings), tmp_path / "second", print)
+    assert second.model is not None and load_checkpoint(second.model).config.canvas_widths == (4, 8, 16)
+
+
 def command(*arguments: str | Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "dgemma", "train", *map(str, arguments)]

@@ -81,6 +81,7 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     shape |= {
         "vocabulary": config.vocab_size,
         "canvas_length": config.canvas_length,
+        "trained_canvas_widths": ", ".join(map(str, config.canvas_widths)) or "not named",
         "context": config.max_positions,
         "softcap": config.softcap,
     }

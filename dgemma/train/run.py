@@ -15,7 +15,7 @@ import torch
 from dgemma.checkpoint.autoregressive import load_autoregressive
 from dgemma.checkpoint.load import Checkpoint, load_checkpoint
 from dgemma.checkpoint.save import save_checkpoint
-from dgemma.config import GenerationConfig
+from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.errors import ConfigError, DataError
 from dgemma.model import DiffusionGemma
 from dgemma.text.chat import ChatTemplate
@@ -105,6 +105,7 @@ def _run(recipe: Recipe, folder: Path, report: Callable[[str], None], parallel: 
         merge(trained)
     after = measure(trained, held, recipe.objective) if held is not None else None
     files = {name: (start.folder / name).read_bytes() for name in TEXT_FILES if (start.folder / name).is_file()}
+    trained.config = replace(trained.config, canvas_widths=_widths(recipe.data, trained.config))
     path = save_checkpoint(folder / "model", trained, start.generation, extra_files=files, dtype=recipe.loop.dtype)
     plot_run(folder, title=folder.name)
     return Outcome(run, path, before, after)
@@ -133,7 +134,13 @@ def _load(section: ModelSection) -> Checkpoint:
     if section.autoregressive is not None:
         return load_autoregressive(section.autoregressive, canvas_length=section.canvas_length, dtype=torch.float32)
     assert section.init is not None
-    return load_checkpoint(section.init, dtype=torch.float32)
+    loaded = load_checkpoint(section.init, dtype=torch.float32)
+    if loaded.format is not None:
+        raise ConfigError(
+            f"model.init: {section.init} is quantised ({loaded.format.name}), and only plain weights are trained: "
+            "name the checkpoint it was made from"
+        )
+    return loaded
 
 
 def build_batches(
@@ -163,6 +170,15 @@ def build_batches(
     if not apart:
         return mixture, None
     return mixture, replace(mixture, sources=apart, phases=(Phase(0, [1.0] * len(apart), [1.0] * len(section.widths)),))
+
+
+def _widths(section: DataSection, config: ModelConfig) -> tuple[int, ...]:
+    """The canvas widths that the model has been trained with, now and before."""
+    if section.sudoku is not None:
+        return config.canvas_widths
+    shares = [section.widths if phase.widths is None else phase.widths for phase in section.phases] or [section.widths]
+    used = {width for mine in shares for width, share in mine.items() if share > 0}
+    return tuple(sorted(used.union(config.canvas_widths)))
 
 
 def _puzzles(section: SudokuSection, seed: int) -> SudokuBatches:
