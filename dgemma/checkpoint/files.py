@@ -20,6 +20,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {"I8": torch.int8, "U8": torch.uint8}  # only as parts of a quantised weight
 _HUB_FILES = ["*.json", "*.jinja", "README.md"]
 
 
@@ -124,7 +125,7 @@ def _header(file: Path) -> dict[str, Entry]:
     with open_tensors(file) as handle:
         for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
             piece = handle.get_slice(name)
-            dtype = DTYPES.get(piece.get_dtype())
+            dtype = (DTYPES | CODES).get(piece.get_dtype())
             if dtype is None:
                 known = ", ".join(DTYPES)
                 raise CheckpointError(f"tensor {name!r} of {file} is stored as {piece.get_dtype()}, not {known}")

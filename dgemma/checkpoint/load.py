@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dgemma.checkpoint.files import (
     CONFIG,
@@ -25,9 +26,11 @@ from dgemma.checkpoint.files import (
     read_json,
 )
 from dgemma.checkpoint.names import hf_name, is_skipped, our_name
+from dgemma.checkpoint.quantized import check_compute, check_plain, fill_packs, format_of, split_packs
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.errors import CheckpointError, ConfigError, RequestError
 from dgemma.model import DiffusionGemma
+from dgemma.quant import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Checkpoint:
     """A loaded model with what its folder says about it.
 
     `name` is the hub id, the shipped name or the folder's. `skipped` lists stored tensors of parts that are
-    not built yet (the vision tower).
+    not built yet (the vision tower). `format` is that of quantised weights, None if all are plain.
     """
 
     model: DiffusionGemma
@@ -44,6 +47,7 @@ class Checkpoint:
     folder: Path
     name: str
     skipped: tuple[str, ...] = ()
+    format: WeightFormat | None = None
 
 
 def load_checkpoint(
@@ -52,7 +56,8 @@ def load_checkpoint(
     """Load a folder in HF's format, a hub id, or a shipped model by name.
 
     `dtype` None keeps the stored type. Peak memory is the weights plus one tensor. A missing, unknown or
-    wrong-shaped tensor, tied tensors that differ, and any broken file are a `CheckpointError`.
+    wrong-shaped tensor, tied tensors that differ, and any broken file are a `CheckpointError`. Quantised weights stay
+    packed; `dtype` (float32 or bfloat16) is then that of everything else and of the activations.
     """
     return assemble(path_or_id, ModelConfig.from_hf, DIFFUSION, device, dtype)
 
@@ -89,14 +94,38 @@ def assemble(
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: {str(error).removeprefix('config.json: ')}") from error
     generation = _generation(folder, raw, config)
+    weight_format = format_of(raw, folder)
     entries = read_headers(folder)
-    with torch.device("meta"):
-        model = DiffusionGemma(config)
-    sources, skipped = _match(entries, model.state_dict(), naming, folder)
+    model = empty_model(config)
+    packs, plain = split_packs(entries, model, weight_format, naming.ours)
+    check_plain(plain)
+    wanted = {ours: tensor for ours, tensor in model.state_dict().items() if ours not in packs}
+    sources, skipped = _match(plain, wanted, naming, folder)
     if dtype is None:
-        dtype = _stored_dtype(entries[source] for names in sources.values() for source in names)
-    _fill(model, entries, sources, torch.device(device), dtype)
-    return Checkpoint(model.eval(), config, generation, folder, name, skipped)
+        dtype = _stored_dtype(plain[source] for names in sources.values() for source in names)
+    if weight_format is not None:
+        check_compute(dtype, folder)
+        fill_packs(model, packs, weight_format, torch.device(device))
+    _fill(model, plain, sources, torch.device(device), dtype)
+    return Checkpoint(model.eval(), config, generation, folder, name, skipped, weight_format)
+
+
+def empty_model(config: ModelConfig) -> DiffusionGemma:
+    """The network without storage."""
+    with torch.device("meta"), _NoInit():
+        return DiffusionGemma(config)
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: on storage that is not there, it imports the compiler (seconds, and 80 MB)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _generation(folder: Path, raw: Mapping[str, object], config: ModelConfig) -> GenerationConfig:

@@ -27,6 +27,7 @@ from dgemma.checkpoint.names import hf_name
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.errors import CheckpointError
 from dgemma.model import DiffusionGemma
+from dgemma.quant.sites import packed_modules
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -58,28 +59,50 @@ def save_checkpoint(
     Weights larger than `max_shard_bytes` are split and indexed. `dtype` None keeps the type they have. An
     existing checkpoint in `folder` is replaced, or kept with a `CheckpointError`. Returns the folder.
     """
-    folder, extra = Path(folder), dict(extra_files or {})
+    packed = packed_modules(model)
+    if packed:
+        raise CheckpointError(
+            f"{packed[0]} is quantised or packed for its kernel: such a model cannot be saved, "
+            "only the checkpoint that it was loaded from copied"
+        )
     tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
     tensors |= _vision_placeholder(model)
-    dtype = dtype or model.embed.weight.dtype
-    if dtype not in DTYPES.values():
+    stored = dtype or model.embed.weight.dtype
+    if stored not in DTYPES.values():
         allowed = ", ".join(map(str, DTYPES.values()))
-        raise CheckpointError(f"weights cannot be saved as {dtype}; allowed: {allowed}")
-    shards = _shards(tensors, max_shard_bytes, dtype)
+        raise CheckpointError(f"weights cannot be saved as {stored}; allowed: {allowed}")
+    return write_folder(
+        Path(folder),
+        {name: tensor.numel() * stored.itemsize for name, tensor in tensors.items()},
+        lambda names: {name: tensors[name].detach().to("cpu", stored).contiguous() for name in names},
+        {CONFIG: _config_json(model.config, stored), GENERATION: generation.to_hf()},
+        extra_files,
+        max_shard_bytes,
+    )
+
+
+def write_folder(
+    folder: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[list[str]], Mapping[str, Tensor]],
+    texts: Mapping[str, Mapping[str, Any]],
+    extra_files: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """The writing of `save_checkpoint` for tensors that are made shard by shard: `sizes` in bytes by stored name,
+    `read(names)` gives those of one shard, `texts` are JSON files.
+    """
+    extra, texts = dict(extra_files or {}), dict(texts)
+    shards = _shards(sizes, max_shard_bytes)
     names = [_shard_name(index, len(shards)) for index in range(len(shards))]
-    texts = {CONFIG: _config_json(model.config, dtype), GENERATION: generation.to_hf()}
     if len(shards) > 1:
-        texts[INDEX] = _index_json(tensors, shards, names, dtype)
+        texts[INDEX] = _index_json(sizes, shards, names)
     for name in extra:
         if Path(name).name != name or name in ("", SINGLE, INDEX, CONFIG, GENERATION) or name[0] == ".":
             raise CheckpointError(f"extra file {name!r} must be a plain file name of its own")
     with _transaction(folder, _stale(folder, {*names, *texts})) as place:
         for name, keys in zip(names, shards, strict=True):
-            save_file(
-                {key: tensors[key].detach().to("cpu", dtype).contiguous() for key in keys},
-                place(name),
-                metadata={"format": "pt"},
-            )
+            save_file(dict(read(keys)), place(name), metadata={"format": "pt"})
         for name, content in extra.items():
             place(name).write_bytes(content)
         for name, data in texts.items():
@@ -102,16 +125,11 @@ def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {**config.to_hf(), "dtype": str(dtype).removeprefix("torch."), "vision_config": _VISION}
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> int:
-    return tensor.numel() * dtype.itemsize
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int, dtype: torch.dtype) -> list[list[str]]:
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut so that no shard exceeds `limit` bytes (unless one tensor alone does)."""
     shards: list[list[str]] = [[]]
     room = limit
-    for name, tensor in tensors.items():
-        size = _bytes(tensor, dtype)
+    for name, size in sizes.items():
         if shards[-1] and size > room:
             shards.append([])
             room = limit
@@ -124,12 +142,9 @@ def _shard_name(index: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _index_json(
-    tensors: Mapping[str, Tensor], shards: list[list[str]], names: list[str], dtype: torch.dtype
-) -> dict[str, Any]:
+def _index_json(sizes: Mapping[str, int], shards: list[list[str]], names: list[str]) -> dict[str, Any]:
     places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    total = sum(_bytes(tensor, dtype) for tensor in tensors.values())
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
 
 
 def _stale(folder: Path, written: set[str]) -> list[Path]:
