@@ -6,8 +6,8 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,11 +21,16 @@ from torch import Tensor
 
 from dgemma.api import LLM
 from dgemma.bench import decode
+from dgemma.bench.child import TUNED
 from dgemma.bench.decode import PROMPTS, DecodeReport, DecodeSettings, Ratio, Row, run_decode
-from dgemma.bench.machine import Machine, MemoryMeter
+from dgemma.bench.floor import Floor
+from dgemma.bench.machine import Machine, Memory, MemoryMeter
+from dgemma.bench.parts import replaced
 from dgemma.bench.peer import MediumPeer, Peer
+from dgemma.bench.rates import Rates
 from dgemma.bench.report import plot, tables
 from dgemma.bench.runs import Ours, Run
+from dgemma.bench.tuned import TunedPeer
 from dgemma.cli import main
 from dgemma.config import GenerationConfig
 from dgemma.errors import ConfigError, DgemmaError, RequestError
@@ -33,6 +38,13 @@ from dgemma.errors import ConfigError, DgemmaError, RequestError
 WIDTH, STEPS = 16, 3
 SIDES = ("dgemma", "transformers", "transformers (medium)")
 FIXED = dict(max_denoising_steps=STEPS, stability_threshold=None, confidence_threshold=None, stop_tokens=())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief_rates() -> Iterator[None]:
+    """Floors of little precision."""
+    with replaced(Rates, "seconds", 0.001), replaced(Rates, "least", 2), replaced(Rates, "buffer", 8_000_000):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +83,7 @@ def test_our_passes_are_those_of_the_api(llm: LLM, canvases: int) -> None:
     prompt = llm.encode_prompt("Once upon a time")
     for config in (llm.generation, llm.generation.with_(**FIXED), llm.generation.with_(mode="ar")):
         config = config.with_(max_new_tokens=canvases * WIDTH, seed=5)
-        run = Ours(llm.engine.runner.model).run(prompt, config)
+        run = Ours(llm.engine).run(prompt, config)
         said = llm.generate(prompt, **{field.name: getattr(config, field.name) for field in fields(config)})
         assert (run.denoise_passes, run.tokens) == (sum(said.steps), len(said.token_ids))
         assert run.tokens_per_forward == pytest.approx(said.tokens_per_forward)
@@ -118,8 +130,13 @@ class Lazy:
 
     name = "lazy"
 
-    def __init__(self, model: Any) -> None:
-        self._ours = Ours(model)
+    version, settings = "0", {}
+
+    def __init__(self, engine: Any) -> None:
+        self._ours = Ours(engine)
+
+    def rehearse(self, prompt: Sequence[int], config: GenerationConfig) -> Memory:
+        return self._ours.rehearse(prompt, config)
 
     def run(self, prompt: Sequence[int], config: GenerationConfig) -> Run:
         return self._ours.run(prompt, config.with_(max_denoising_steps=config.max_denoising_steps - 1))
@@ -129,8 +146,7 @@ class Lazy:
 
 
 def test_unequal_steps_are_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    lazy = Lazy(llm.engine.runner.model)
-    lazy.version = "0"  # type: ignore[attr-defined]
+    lazy = Lazy(llm.engine)
     monkeypatch.setattr(decode, "Peer", lambda *_: lazy)
     with pytest.raises(DgemmaError, match=r"unequal numbers of steps in a fixed run: \[2, 3\]"):
         run_decode(llm, DecodeSettings(prompts=1, repeats=1, fixed_steps=3))
@@ -141,8 +157,7 @@ def test_unequal_steps_are_an_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
 
 def test_json_has_all_fields_and_positive_numbers(report: DecodeReport) -> None:
     data = json.loads(json.dumps(report.json(), allow_nan=False))
-    assert (data["format"], data["version"]) == ("dgemma-bench-decode", 1)
-    assert set(data) == {"format", "version", *(field.name for field in fields(DecodeReport))}
+    assert set(data) == {field.name for field in fields(DecodeReport)}
     assert set(data["machine"]) == {field.name for field in fields(Machine)}
     assert data["machine"]["threads"] == torch.get_num_threads()
     assert data["machine"]["dtype"] == "float32" and data["machine"]["cpu"]
@@ -151,13 +166,15 @@ def test_json_has_all_fields_and_positive_numbers(report: DecodeReport) -> None:
     assert [(row["side"], row["kind"]) for row in data["rows"]] == plan
     assert len(data["runs"]) == 4 * len(plan)
     for row in data["rows"]:
-        assert set(row) == {"steps_per_canvas", *(field.name for field in fields(Row))}
+        assert set(row) == {"steps_per_canvas", "share_of_floor", *(field.name for field in fields(Row))}
         steps = {"ms_per_step", "steps_per_canvas", "canvases", "denoise_passes"}
         for name, value in row.items():
             if name in steps and row["kind"] == "ar":
                 assert not value
             elif name == "extra_mb":
                 assert value is None or value >= 0
+            elif name == "share_of_floor":
+                assert (value is not None and value > 0) == (row["kind"] == "fixed")
             elif name not in ("side", "kind"):
                 assert value > 0, name
     for ratio in data["ratios"]:
@@ -183,6 +200,77 @@ def test_rows_and_ratios_follow_from_the_runs(report: DecodeReport) -> None:
     assert (ratio.low, ratio.high) == (pytest.approx(min(pairs)), pytest.approx(max(pairs)))
 
 
+def test_share_is_the_floor_of_a_step_by_its_time(report: DecodeReport) -> None:
+    assert isinstance(report.floor, Floor) and isinstance(report.prompt_floor, Floor)
+    assert (report.floor.rows, report.floor.threads, report.floor.dtype) == (WIDTH, torch.get_num_threads(), "float32")
+    lengths = [item["run"]["prompt_tokens"] for item in report.runs]
+    assert report.prompt_floor.rows == report.floor.prefix == round(statistics.median(lengths))
+    row = report.row("dgemma", "fixed")
+    assert row and row.ms_per_step and report.share(row) == report.floor.ms / row.ms_per_step < 1
+    slow = replace(report, rows=(replace(row, ms_per_step=2 * row.ms_per_step),))
+    assert slow.share(slow.rows[0]) == pytest.approx((report.share(row) or 0) / 2)
+    data = report.json()["floor"]
+    assert data["ms"] == pytest.approx(sum(line["ms"] for line in data["lines"])) == pytest.approx(report.floor.ms)
+
+
+def test_peer_settings_are_those_of_its_runs(report: DecodeReport) -> None:
+    plain, medium = report.peer_settings["transformers"], report.peer_settings["transformers (medium)"]
+    assert (plain["matmul precision"], medium["matmul precision"]) == ("highest", "medium")
+    assert (plain["dtype"], plain["attention"], plain["cache"]) == ("float32", "sdpa", "dynamic")
+    assert plain["allocator"] == "glibc default"
+
+
+def test_only_the_chosen_kinds_are_run(llm: LLM) -> None:
+    settings = DecodeSettings(prompts=1, repeats=1, fixed_steps=2, peer=False, floor=False, kinds=("fixed",))
+    report = run_decode(llm, replace(settings, prompt_tokens=40))
+    assert [(row.side, row.kind) for row in report.rows] == [("dgemma", "fixed")]
+    assert (report.floor, report.ratios, report.runs[0]["run"]["prompt_tokens"]) == (None, (), 40)
+
+
+def test_the_tuned_peer_is_the_same_model_in_another_process(llm: LLM, peer: Peer) -> None:
+    prompt = llm.encode_prompt("Once")
+    config = llm.generation.with_(**FIXED, max_new_tokens=2 * WIDTH)
+    with TunedPeer(llm.folder, llm.dtype, WIDTH, peer.version) as tuned:
+        run, here = tuned.run(prompt, config), peer.run(prompt, config)
+        memory = tuned.rehearse(prompt, config)
+        assert tuned.settings["allocator"] == " ".join(f"{name}={TUNED[name]}" for name in sorted(TUNED))
+        assert tuned.settings["matmul precision"] == "medium"
+        with pytest.raises(DgemmaError, match=r"child process failed at 'run': RequestError: entropy_bound must be"):
+            tuned._child.call("run", prompt=prompt, config={**asdict(config), "entropy_bound": None})
+    counted = ("prompt_tokens", "tokens", "denoise_passes", "later_encodes", "canvases")
+    assert [getattr(run, name) for name in counted] == [getattr(here, name) for name in counted]
+    assert memory.peak_mb > 50
+    check_times(run)
+    with pytest.raises(DgemmaError, match="child process"):
+        tuned.run(prompt, config)
+
+
+def test_several_types_and_threads_are_one_call(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, place = torch.get_num_threads(), tmp_path / "b.json"
+    several = (
+        "--dtypes",
+        "float32,bfloat16",
+        "--threads",
+        "1,2",
+        "--kinds",
+        "fixed",
+        "--no-peer",
+        "--json",
+        str(place),
+    )
+    try:
+        assert main(["bench", "decode", "--model", str(folder), *QUICK, *several, "--json", str(place)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    reports = json.loads(place.read_text())["reports"]
+    wanted = [(dtype, threads) for dtype in ("float32", "bfloat16") for threads in (1, 2)]
+    assert [(r["machine"]["dtype"], r["machine"]["threads"]) for r in reports] == wanted
+    assert [(r["floor"]["dtype"], r["floor"]["threads"]) for r in reports] == wanted
+    assert "denoising steps of the fixed run" in capsys.readouterr().out
+
+
 def test_sides_take_turns(report: DecodeReport) -> None:
     order = [item["side"] for item in report.runs]
     rounds = [order[start : start + 7] for start in range(0, len(order), 7)]
@@ -203,6 +291,10 @@ def test_a_busy_machine_and_another_sampler_are_said(report: DecodeReport) -> No
     said = {name: " ".join(map(str, tables(one))) for name, one in (("calm", calm), ("busy", busy), ("other", other))}
     assert ["load average" in text for text in said.values()] == [False, True, False]
     assert ["another rule" in text for text in said.values()] == [False, False, True]
+    assert report.floor
+    lines = tuple(replace(line, ms=1e6) for line in report.floor.lines)
+    absurd = replace(calm, floor=replace(report.floor, lines=lines))
+    assert "means nothing" in " ".join(map(str, tables(absurd))) and "means nothing" not in said["calm"]
 
 
 def test_budget_is_whole_canvases(llm: LLM) -> None:
@@ -248,14 +340,15 @@ def test_command_writes_table_json_and_chart(
     assert main(["bench", "decode", "--model", str(folder), *QUICK, *files, "--steps", "4"]) == 0
     told = capsys.readouterr().out
     assert "denoising step" in told and "transformers" in told and "ms/step" in told
-    data = json.loads((tmp_path / "b.json").read_text())
+    (data,) = json.loads((tmp_path / "b.json").read_text())["reports"]
     assert data["generation"]["max_denoising_steps"] == 4 and data["settings"]["fixed_steps"] == 2
     ElementTree.parse(tmp_path / "b.svg")
 
 
 def test_json_to_standard_output_comes_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "decode", "--model", str(folder), *QUICK, "--no-peer", "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out)["peer"] is None
+    data = json.loads(capsys.readouterr().out)
+    assert (data["format"], data["version"], data["reports"][0]["peer"]) == ("dgemma-bench-decode", 2, None)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +361,10 @@ def test_json_to_standard_output_comes_alone(folder: Path, capsys: pytest.Captur
         (("--plot", "x.png"), "--plot writes .svg, got 'x.png'"),
         (("--json", "/nowhere/b.json"), "'/nowhere/b.json' cannot be written"),
         (("--mode", "ar"), "measures both modes"),
+        (("--kinds", "fixed,slow"), "kinds must be some of fixed, own, ar; got fixed, slow"),
+        (("--threads", "1,0"), "whole numbers of at least 1 with commas between, got '1,0'"),
+        (("--dtype", "float32", "--dtypes", "bfloat16"), "--dtype and --dtypes say the same thing"),
+        (("--dtypes", "int3"), "dtypes must be some of float32, bfloat16, float16; got 'int3'"),
         (("--top-p", "0.5"), "top_p works in mode 'ar' only"),
         (("--max-new-tokens", "2000"), "the model has 256"),
     ],

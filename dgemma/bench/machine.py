@@ -57,6 +57,12 @@ class Machine:
         )
 
 
+def allocator() -> str:
+    """glibc's allocator as the environment of this process sets it."""
+    chosen = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith("MALLOC_")]
+    return " ".join(chosen) or "glibc default"
+
+
 def _cpu_model() -> str:
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

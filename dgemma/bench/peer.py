@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma.bench.machine import synchronise
-from dgemma.bench.runs import Run
+from dgemma.bench.machine import Memory, allocator, synchronise
+from dgemma.bench.runs import Run, metered
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.finalise import finalise
 from dgemma.errors import ConfigError
@@ -26,7 +26,7 @@ class Peer:
     """A loaded `DiffusionGemmaForBlockDiffusion`: default attention, experts and cache."""
 
     def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, width: int) -> None:
-        """`width` is the canvas; `transformers` has it in the model's configuration, not in the request's."""
+        """`width` is the canvas of requests that name none."""
         transformers = _transformers(config)
         self.name = "transformers"
         self.version: str = transformers.__version__
@@ -39,17 +39,37 @@ class Peer:
             folder, dtype=dtype, generation_config=settings
         )
         self._model = model.to(device).eval().requires_grad_(False)
-        self._model.config.canvas_length = width
+        self._width = width
         self._clock = _Clock(device)
         encoder, decoder = self._model.model.encoder, self._model.model.decoder
         encoder.register_forward_pre_hook(lambda *_: self._clock.encode_begins())
         encoder.register_forward_hook(lambda *_: self._clock.encode_ends())
         decoder.register_forward_hook(lambda *_: self._clock.denoised())
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What it runs with; all as `transformers` and torch choose."""
+        config = self._model.config.text_config
+        return {
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "attention": str(config._attn_implementation),
+            "experts": str(getattr(config, "_experts_implementation", None)),
+            "cache": str(self._model.generation_config.cache_implementation or "dynamic"),
+            "matmul precision": torch.get_float32_matmul_precision(),
+            "allocator": allocator(),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(weight.nbytes for weight in self._model.parameters())
+
     def run(self, prompt: Sequence[int], config: GenerationConfig) -> Run:
         clock = self._clock = _Clock(self._device)
         ids = torch.tensor([list(prompt)], device=self._device)
         torch.manual_seed(config.seed)
+        # `transformers` has the width in the model's configuration, not in the request's.
+        self._model.config.canvas_length = config.canvas_length or self._width
         cpu, begun = time.process_time(), time.perf_counter()
         out = self._model.generate(input_ids=ids, streamer=clock, **self._options(config))
         new = out.sequences[0, len(prompt) :].tolist()
@@ -66,6 +86,9 @@ class Peer:
             later_encodes=len(clock.encodes) - 1,
             canvases=clock.canvases,
         )
+
+    def rehearse(self, prompt: Sequence[int], config: GenerationConfig) -> Memory:
+        return metered(self, prompt, config)
 
     @torch.inference_mode()
     def encode(self, prompt: Sequence[int]) -> Tensor:
@@ -92,8 +115,16 @@ class MediumPeer:
     """The same loaded peer with torch's matmul precision "medium": oneDNN products in place of MKL's."""
 
     def __init__(self, peer: Peer) -> None:
-        self.name = f"{peer.name} (medium)"
+        self.name, self.version = f"{peer.name} (medium)", peer.version
         self._peer = peer
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {**self._peer.settings, "matmul precision": "medium"}
+
+    @property
+    def nbytes(self) -> int:
+        return self._peer.nbytes
 
     def run(self, prompt: Sequence[int], config: GenerationConfig) -> Run:
         before = torch.get_float32_matmul_precision()
@@ -102,6 +133,9 @@ class MediumPeer:
             return self._peer.run(prompt, config)
         finally:
             torch.set_float32_matmul_precision(before)
+
+    def rehearse(self, prompt: Sequence[int], config: GenerationConfig) -> Memory:
+        return metered(self, prompt, config)
 
     def encode(self, prompt: Sequence[int]) -> Tensor:
         return self._peer.encode(prompt)

@@ -9,12 +9,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dgemma.bench.machine import synchronise
+from dgemma.bench.machine import Memory, MemoryMeter, synchronise
 from dgemma.cache import KVCache
 from dgemma.config import GenerationConfig
 from dgemma.engine import Engine, Request, Runner
 from dgemma.events import Committed
 from dgemma.model import DiffusionGemma
+from dgemma.model.layers import Linear
+from dgemma.model.moe import Experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,34 +56,38 @@ class Side(Protocol):
     def run(self, prompt: Sequence[int], config: GenerationConfig) -> Run:
         """Answer one prompt, timed."""
 
+    def rehearse(self, prompt: Sequence[int], config: GenerationConfig) -> Memory:
+        """The same, for the memory that it takes."""
+
     def encode(self, prompt: Sequence[int]) -> Tensor:
         """Hidden states `[T, H]` of the causal pass, on the CPU: shows that both sides are one model."""
 
 
 class Ours:
-    """dgemma's engine, ticked in the caller's thread, with a stopwatch on its encode passes."""
+    """dgemma's engine, ticked in the caller's thread, with a stopwatch on its encode passes while it runs."""
 
     name = "dgemma"
 
-    def __init__(self, model: DiffusionGemma) -> None:
-        self._engine = Engine(model)
-        self._runner = _TimedRunner(model)
-        self._engine.runner = self._runner
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def run(self, prompt: Sequence[int], config: GenerationConfig) -> Run:
-        engine, runner = self._engine, self._runner
-        runner.passes.clear()
+        with _EncodeClock(self._engine.runner) as clock:
+            return self._run(prompt, config, clock)
+
+    def _run(self, prompt: Sequence[int], config: GenerationConfig, clock: _EncodeClock) -> Run:
+        engine = self._engine
         tokens, canvases, steps = 0, 0, list[float]()
         denoised, first = engine.counters.denoise_passes, True
         cpu, begun = time.process_time(), time.perf_counter()
         now = begun
-        engine.add(Request(prompt=tuple(prompt), config=config))
+        engine.add(Request(prompt=tuple(prompt), config=config, reuse=False))
         while engine.has_work:
-            passes, stepped = len(runner.passes), engine.counters.denoise_passes
+            passes, stepped = len(clock.passes), engine.counters.denoise_passes
             events = engine.tick()
             before, now = now, time.perf_counter()
             if engine.counters.denoise_passes > stepped:
-                encoding = sum(seconds for _, seconds in runner.passes[passes:])
+                encoding = sum(seconds for _, seconds in clock.passes[passes:])
                 if not first:
                     steps.append(now - before - encoding)
                 first = False
@@ -89,38 +95,50 @@ class Ours:
                 if isinstance(event, Committed):
                     tokens, canvases, first = tokens + len(event.tokens), canvases + 1, True
         cpu = time.process_time() - cpu
-        prompt_passes = runner.passes_for(len(prompt))
+        prompt_passes = clock.passes_for(len(prompt))
         denoised = engine.counters.denoise_passes - denoised
         return Run(
             prompt_tokens=len(prompt),
             tokens=tokens,
             seconds=now - begun,
             cpu_seconds=cpu,
-            prompt_seconds=sum(seconds for _, seconds in runner.passes[:prompt_passes]),
+            prompt_seconds=sum(seconds for _, seconds in clock.passes[:prompt_passes]),
             step_seconds=tuple(steps),
             denoise_passes=denoised,
-            later_encodes=len(runner.passes) - prompt_passes,
+            later_encodes=len(clock.passes) - prompt_passes,
             canvases=canvases if denoised else 0,
         )
 
+    def rehearse(self, prompt: Sequence[int], config: GenerationConfig) -> Memory:
+        return metered(self, prompt, config)
+
     def encode(self, prompt: Sequence[int]) -> Tensor:
-        (hidden,) = self._runner.encode([(self._engine.new_cache(), prompt)])
+        (hidden,) = self._engine.runner.encode([(self._engine.new_cache(), prompt)])
         return hidden.float().cpu()
 
 
-class _TimedRunner(Runner):
-    """Remembers tokens and seconds of every encode pass."""
+class _EncodeClock:
+    """Remembers tokens and seconds of every encode pass of a runner, until it is left."""
 
-    def __init__(self, model: DiffusionGemma) -> None:
-        super().__init__(model)
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
         self.passes: list[tuple[int, float]] = []
 
-    def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
-        begun = time.perf_counter()
-        hidden = super().encode(jobs)
-        synchronise(self.device)
-        self.passes.append((sum(len(ids) for _, ids in jobs), time.perf_counter() - begun))
-        return hidden
+    def __enter__(self) -> _EncodeClock:
+        encode, device = self._runner.encode, self._runner.device
+
+        def timed(jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
+            begun = time.perf_counter()
+            hidden = encode(jobs)
+            synchronise(device)
+            self.passes.append((sum(len(ids) for _, ids in jobs), time.perf_counter() - begun))
+            return hidden
+
+        vars(self._runner)["encode"] = timed
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del vars(self._runner)["encode"]
 
     def passes_for(self, tokens: int) -> int:
         """How many of the passes it took to encode the first `tokens`."""
@@ -130,3 +148,21 @@ class _TimedRunner(Runner):
             if done >= tokens:
                 return count
         return len(self.passes)
+
+
+def metered(side: Side, prompt: Sequence[int], config: GenerationConfig) -> Memory:
+    """Memory of this process while one of its sides runs."""
+    meter = MemoryMeter()
+    side.run(prompt, config)
+    return meter.stop()
+
+
+def weight_bytes(model: DiffusionGemma) -> int:
+    """Bytes of a model's weights as it keeps them, packed or quantised ones included."""
+    total = sum(weight.nbytes for weight in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Linear) and module.matrix is not None:
+            total += module.matrix.nbytes
+        if isinstance(module, Experts) and module.matrices is not None:
+            total += sum(matrix.nbytes for group in module.matrices for matrix in group)
+    return total
