@@ -102,8 +102,8 @@ def test_routing_groups_rows_and_puts_them_back(dtype: torch.dtype, experts: int
     ids, by_id = ids.sort(dim=-1)
     wanted = (kept / kept.sum(-1, keepdim=True)).gather(-1, by_id) * scale[ids]
     assert torch.allclose(weights, wanted.float(), atol=1e-6)
-    assert counts == torch.bincount(ids.flatten(), minlength=experts).tolist()
-    expert_at = torch.repeat_interleave(torch.arange(experts), torch.tensor(counts))
+    assert torch.equal(counts, torch.bincount(ids.flatten(), minlength=experts))
+    expert_at = torch.repeat_interleave(torch.arange(experts), counts)
     assert torch.equal(expert_at[place.view(rows, top_k)], ids)
     assert torch.equal(order[place].view(rows, top_k), torch.arange(rows)[:, None].expand(rows, top_k))
     parts = normal(rows * top_k, 12, dtype=dtype)

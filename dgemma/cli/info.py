@@ -95,12 +95,9 @@ def _generation(generation: GenerationConfig, config: ModelConfig) -> dict[str, 
 
 def _parameters(config: ModelConfig) -> dict[str, int]:
     """Counts of the text model. `active` is what one token touches: of the experts, those it is sent to."""
-    import torch
+    from dgemma.checkpoint.load import empty_model
 
-    from dgemma.model import DiffusionGemma
-
-    with torch.device("meta"):
-        model = DiffusionGemma(config)
+    model = empty_model(config)
     sizes = {name: weight.numel() for name, weight in model.named_parameters()}
     total = sum(sizes.values())
     experts = sum(size for name, size in sizes.items() if ".experts." in name)

@@ -46,6 +46,7 @@ class Runner:
         self.counters = Counters()
         native = kernels.native.load() if self.device.type == "cpu" and self.dtype in _FAST else None
         self._stack = None if native is None else FastStack(model, native)
+        self._head = model.embed.weight if self._stack is None else self._stack.head
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
@@ -77,7 +78,7 @@ class Runner:
         self._count(denoise_passes=1, denoised_tokens=sum(counts))
         return kernels.vocab(
             hidden,
-            model.embed.weight,
+            self._head,
             model.config.softcap,
             draws.temperature,
             draws.uniforms,

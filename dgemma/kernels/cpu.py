@@ -46,6 +46,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     if q.dtype not in (torch.float32, torch.bfloat16) or q.dim() != 3 or _tracked(q, k, v):
         return reference.attention(q, k, v, mask)
+    compiled = native.load()
+    if compiled is not None and compiled.multiplies(q.dtype, q.shape[-1]):
+        spans = None if mask is None else _spans(mask)
+        if mask is None or spans is not None:
+            return compiled.attention(q, k, v, spans)
     tokens, heads, dim = q.shape
     groups = heads // k.shape[1]
     out = []
@@ -58,6 +63,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
             scores.view(tokens, groups, -1).masked_fill_(hidden, -torch.inf)
         out.append(linear(softmax(scores), values[head].t()).view(tokens, groups, dim))
     return torch.cat(out, dim=1)
+
+
+def _spans(mask: Tensor) -> Tensor | None:
+    """First and one past the last key that each query of `mask [T, S]` sees `[T, 2]`; None if some see gaps."""
+    count, first = mask.sum(dim=-1), mask.to(torch.uint8).argmax(dim=-1)
+    last = mask.shape[1] - mask.flip(-1).to(torch.uint8).argmax(dim=-1)
+    return torch.stack([first, last], dim=-1) if bool(((last - first == count) & (count > 0)).all()) else None
 
 
 def _softmax(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -8,16 +8,28 @@ top-k need a second look at all their logits for the draw, a few rows at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dgemma.kernels import native, reference
+from dgemma.kernels.packed import Packed
 from dgemma.kernels.reference import DRAW_BLOCK, Matmul, VocabStats, draw_tokens, softcap
 
 CHUNK = 8 * DRAW_BLOCK
 _LOGITS_AT_ONCE = 16 * 262_144
+Product = Callable[[Tensor], Tensor]
+
+
+class PackedHead:
+    """An embedding `[V, H]` packed for both products, chunk by chunk: twice its memory, for small vocabularies."""
+
+    def __init__(self, embed: Tensor) -> None:
+        self.shape, self.dtype = embed.shape, embed.dtype
+        self.pieces = [(Packed(part), Packed(part.t().contiguous())) for part in embed.detach().split(CHUNK)]
 
 
 class Pass(Protocol):
@@ -33,7 +45,7 @@ class Pass(Protocol):
 
 def vocab(
     hidden: Tensor,
-    embed: Tensor,
+    embed: Tensor | PackedHead,
     cap: float,
     temperature: Tensor,
     uniforms: Tensor,
@@ -49,7 +61,7 @@ def vocab(
             hidden.expand(2, -1), embed, cap, temperature.expand(2), uniforms.expand(2, -1), own, limit, matmul
         )
         return VocabStats(**{name: value[:1] for name, value in vars(both).items()})
-    if hidden.dtype not in (torch.float32, torch.bfloat16) or not rows:
+    if isinstance(embed, Tensor) and (hidden.dtype not in (torch.float32, torch.bfloat16) or not rows):
         return reference.vocab(hidden, embed, cap, temperature, uniforms, draw_temperature, top_k, matmul)
     own = None if draw_temperature is None or bool((draw_temperature == 1).all()) else draw_temperature
     compiled = native.load()
@@ -59,32 +71,44 @@ def vocab(
         else NativePass(compiled, cap, temperature, own, uniforms)
     )
     soft = torch.zeros(hidden.shape, dtype=torch.float32)
-    for first in range(0, embed.shape[0], CHUNK):
-        part = embed[first : first + CHUNK]
-        probs, rescale = run.take(matmul(hidden, part), first)
-        soft.mul_(rescale[:, None]).add_(matmul(probs.to(embed.dtype), part.t()))
+    pieces = _pieces(embed, matmul)
+    for number, (to_logits, to_soft) in enumerate(pieces):
+        probs, rescale = run.take(to_logits(hidden), number * CHUNK)
+        soft.mul_(rescale[:, None]).add_(to_soft(probs.to(embed.dtype)))
     total, stats = run.result()
     if top_k is not None and bool((top_k > 0).any()):
-        _draw_top(hidden, embed, cap, temperature, uniforms, draw_temperature, top_k, matmul, stats)
+        every = [to_logits for to_logits, _ in pieces]
+        _draw_top(hidden, every, cap, temperature, uniforms, draw_temperature, top_k, stats)
     return VocabStats(**stats, soft=soft.div_(total[:, None]).to(embed.dtype))
+
+
+def _pieces(embed: Tensor | PackedHead, matmul: Matmul) -> Sequence[tuple[Product, Product]]:
+    """Of each chunk of the vocabulary, the products to its logits and to its share of the soft embedding."""
+    if isinstance(embed, PackedHead):
+        return embed.pieces
+    return [(partial(_times, part, matmul), partial(_times, part.t(), matmul)) for part in embed.split(CHUNK)]
+
+
+def _times(weight: Tensor, matmul: Matmul, x: Tensor) -> Tensor:
+    return matmul(x, weight)
 
 
 def _draw_top(
     hidden: Tensor,
-    embed: Tensor,
+    to_logits: Sequence[Product],
     cap: float,
     temperature: Tensor,
     uniforms: Tensor,
     own: Tensor | None,
     top_k: Tensor,
-    matmul: Matmul,
     stats: dict[str, Tensor],
 ) -> None:
     """Replace the draws of rows with top-k, in place."""
     found = (top_k > 0).nonzero().flatten()
-    for rows in found.split(max(2, _LOGITS_AT_ONCE // embed.shape[0])):
+    for rows in found.split(max(2, _LOGITS_AT_ONCE // (len(to_logits) * CHUNK))):
         two = rows if len(rows) > 1 else rows.expand(2)
-        logits = softcap(matmul(hidden[two], embed), cap) / temperature[two, None]
+        raw = torch.cat([product(hidden[two]) for product in to_logits], dim=-1)
+        logits = softcap(raw, cap) / temperature[two, None]
         mine = None if own is None else own[two]
         draw = draw_tokens(logits, stats["argmax"][two], uniforms[two], mine, top_k[two])
         stats["draw"][two] = draw

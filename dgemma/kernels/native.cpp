@@ -105,7 +105,67 @@ template <class T> static inline void norm_row(const T *x, const T *w, float eps
         EACH_ALONE for (int64_t i = 0; i < n; i++) out[i] = narrow<T>(wide(x[i]) * scale);
 }
 
+// Softmax of n entries, in place; -inf becomes exactly 0. `keep` has room for n floats; without it exponentials are taken
+// twice, which gives the same bits.
+template <class T> static inline void softmax_row(T *row, int64_t n, float *keep) {
+    float top = highest(row, n);
+    if (keep) {
+        EACH_ALONE for (int64_t i = 0; i < n; i++) keep[i] = exp_(wide(row[i]) - top);
+        float scale = 1 / total(n, [=](int64_t i) { return keep[i]; });
+        EACH_ALONE for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(keep[i] * scale);
+    } else {
+        float scale = 1 / total(n, [=](int64_t i) { return exp_(wide(row[i]) - top); });
+        EACH_ALONE for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(exp_(wide(row[i]) - top) * scale);
+    }
+}
+
+#ifdef __AVX512F__
+#include "native_gemm.h"
+#else
+namespace gemm { // none here: the caller asks `products` first
+template <class T> static void multiply(const T *, int64_t, const void *, int64_t, int64_t, T *, int) {}
+template <class T>
+static void attention(const T *, const T *, const T *, int64_t, int64_t, int64_t, int64_t, int64_t, const int64_t *, T *, int) {}
+}
+#endif
+
+// Whether there are products in float (1) and bfloat16 (2).
+extern "C" int products() {
+    int found = 0;
+#ifdef __AVX512F__
+    found |= 1;
+#ifdef __AVX512BF16__
+    found |= 2;
+#endif
+#endif
+    return found;
+}
+
 template <class T> struct Ops {
+    static void attention(const T *q, const T *k, const T *v, int64_t tokens, int64_t heads, int64_t groups, int64_t dim, int64_t keys,
+                          const int64_t *spans, T *out, int threads) {
+        gemm::attention(q, k, v, tokens, heads, groups, dim, keys, spans, out, threads);
+    }
+    static void multiply(const T *a, int64_t m, const void *b, int64_t n, int64_t k, T *c, int threads) {
+        gemm::multiply<T>(a, m, b, n, k, c, threads);
+    }
+
+    // Gated MLPs of experts: rows lie grouped by expert, `counts` of each; `gate_up` and `down` point at packed weights.
+    static void experts(const T *x, const int64_t *counts, int64_t experts, const void *const *gate_up, const void *const *down,
+                        int64_t size, int64_t inner, T *room, T *out, int threads) {
+        int64_t most = 0;
+        for (int64_t e = 0; e < experts; e++) most = counts[e] > most ? counts[e] : most;
+        T *gated = room + most * 2 * inner;
+        for (int64_t e = 0; e < experts; e++) {
+            int64_t rows = counts[e];
+            if (!rows) continue;
+            multiply(x, rows, gate_up[e], 2 * inner, size, room, threads);
+            geglu(room, rows, inner, gated, threads);
+            multiply(gated, rows, down[e], size, inner, out, threads);
+            x += rows * size, out += rows * size;
+        }
+    }
+
     static void norm(const T *x, const T *w, float eps, int64_t rows, int64_t n, T *out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t t = 0; t < rows; t++) norm_row(x + t * n, w, eps, n, out + t * n);
@@ -205,19 +265,8 @@ template <class T> struct Ops {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t t = 0; t < rows; t++) {
             T *row = x + t * n;
-            float top = highest(row, n);
-            float keep[4096], scale;
-            if (n <= 4096) {
-                EACH_ALONE
-                for (int64_t i = 0; i < n; i++) keep[i] = exp_(wide(row[i]) - top);
-                scale = 1 / total(n, [&](int64_t i) { return keep[i]; });
-                EACH_ALONE
-                for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(keep[i] * scale);
-            } else { // rather twice than stored: the same bits
-                scale = 1 / total(n, [=](int64_t i) { return exp_(wide(row[i]) - top); });
-                EACH_ALONE
-                for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(exp_(wide(row[i]) - top) * scale);
-            }
+            float keep[4096];
+            softmax_row(row, n, n <= 4096 ? keep : nullptr);
         }
     }
 
@@ -252,12 +301,11 @@ template <class T> struct Ops {
                 counts[mine[j]]++;
             }
         }
-        int64_t start = 0;
-        for (int64_t e = 0; e < experts; e++) {
-            int64_t at = start;
-            for (int64_t i = 0; i < rows * k; i++)
-                if (ids[i] == e) order[at] = i / k, place[i] = at++;
-            start = at;
+        int64_t *next = (int64_t *)room; // where each expert's group goes on; room has 2 experts floats
+        for (int64_t e = 0, start = 0; e < experts; start += counts[e++]) next[e] = start;
+        for (int64_t i = 0; i < rows * k; i++) {
+            place[i] = next[ids[i]]++;
+            order[place[i]] = i / k;
         }
     }
 
@@ -350,6 +398,15 @@ template <class T> struct Ops {
     namespace f32_ { typedef float T; extern "C" void name##_f32 params { Ops<T>::name args; } }                       \
     namespace b16_ { typedef bf16 T; extern "C" void name##_bf16 params { Ops<T>::name args; } }
 
+EACH(attention,
+     (const T *q, const T *k, const T *v, int64_t tokens, int64_t heads, int64_t groups, int64_t dim, int64_t keys,
+      const int64_t *spans, T *out, int threads),
+     (q, k, v, tokens, heads, groups, dim, keys, spans, out, threads))
+EACH(multiply, (const T *a, int64_t m, const void *b, int64_t n, int64_t k, T *c, int threads), (a, m, b, n, k, c, threads))
+EACH(experts,
+     (const T *x, const int64_t *counts, int64_t experts, const void *const *gate_up, const void *const *down, int64_t size,
+      int64_t inner, T *room, T *out, int threads),
+     (x, counts, experts, gate_up, down, size, inner, room, out, threads))
 EACH(norm, (const T *x, const T *w, float eps, int64_t rows, int64_t n, T *out, int threads), (x, w, eps, rows, n, out, threads))
 EACH(middle,
      (const T *x, const T *y, const T *post, const T *wd, const T *wm, const T *scale, float eps, int64_t rows, int64_t n,

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE, PRODUCTS = (Path(__file__).with_name(name) for name in ("native.cpp", "native_gemm.h"))
 _FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
+PANEL = 32
 _STATE = 56  # bytes of a row's running values in the vocabulary pass
 _SECONDS = 120
 
@@ -35,7 +36,7 @@ def load() -> Native | None:
     if os.environ.get("DGEMMA_NATIVE", "1") == "0":
         return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
-    text = SOURCE.read_bytes()
+    text = SOURCE.read_bytes() + PRODUCTS.read_bytes()
     key = hashlib.sha256(b"\0".join([text, " ".join(_FLAGS).encode(), _processor().encode()])).hexdigest()[:16]
     path = _folder() / f"native-{key}.so"
     if not path.exists() and not (compiler and _build(compiler, path)):
@@ -81,6 +82,9 @@ class Native:
         pointer, number, whole, small = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_int
         p, f, n, i = pointer, number, whole, small
         signatures = {
+            "multiply": [p, n, p, n, n, p, i],
+            "experts": [p, p, n, p, p, n, n, p, p, i],
+            "attention": [p, p, p, n, n, n, n, n, p, p, i],
             "norm": [p, p, f, n, n, p, i],
             "middle": [p, p, p, p, p, p, f, n, n, p, p, p, p, i],
             "close": [p, p, p, p, p, p, p, p, f, n, n, p, p, i],
@@ -97,6 +101,38 @@ class Native:
                 function = getattr(library, name + suffix)
                 function.argtypes, function.restype = kinds, None
                 self._call[name, dtype] = function
+        found = library.products()
+        self._products = {torch.float32: bool(found & 1), torch.bfloat16: bool(found & 2)}
+
+    def multiplies(self, dtype: torch.dtype, inputs: int) -> bool:
+        """Whether there are products of that type here: they need AVX-512, for bfloat16 its own instructions, too."""
+        return self._products.get(dtype, False) and (dtype is torch.float32 or inputs % 2 == 0)
+
+    def multiply(self, x: Tensor, panels: Tensor, outputs: int) -> Tensor:
+        """`[T, in]` times a weight that `panels_of` packed: `[T, out]`."""
+        rows, size = x.shape
+        out = x.new_empty(rows, outputs)
+        self._call["multiply", x.dtype](_at(x), rows, _at(panels), outputs, size, _at(out), torch.get_num_threads())
+        return out
+
+    def experts(self, x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, inner: int) -> Tensor:
+        """Gated MLPs of rows `[T k, H]` grouped by expert, `counts [E]`; `gate_up, down [E]`: where the panels are."""
+        rows, size = x.shape
+        room, out = x.new_empty(rows, 3 * inner), torch.empty_like(x)
+        self._call["experts", x.dtype](
+            _at(x), _at(counts), len(counts), _at(gate_up), _at(down), size, inner, _at(room), _at(out),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None) -> Tensor:
+        """`reference.attention` of `q [T, Q, D]` and `k, v [S, K, D]`, where query t sees keys `spans[t]` `[T, 2]`."""
+        (tokens, heads, dim), (keys, groups, _) = q.shape, k.shape
+        q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty_like(q)
+        self._call["attention", q.dtype](
+            _at(q), _at(k), _at(v), tokens, heads, groups, dim, keys, _at(spans), _at(out), torch.get_num_threads()
+        )
+        return out
 
     def norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """`reference.rms_norm` of rows `[T, H]`."""
@@ -177,19 +213,19 @@ class Native:
         self._call["softmax", scores.dtype](_at(scores), rows, size, _threads(rows))
         return scores
 
-    def route(self, scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def route(self, scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`reference.route` from its scores `[T, E]`: weights `[T, k]`; rows grouped by expert `[T k]`, where a row's
         parts lie in that order `[T, k]`, and the groups' sizes."""
         rows, experts = scores.shape
         weights = torch.empty(rows, top_k)
         order, place = torch.empty(2, rows * top_k, dtype=torch.int64)
         counts, ids = torch.empty(experts, dtype=torch.int64), torch.empty(rows * top_k, dtype=torch.int64)
-        room = torch.empty(experts)
+        room = torch.empty(experts, dtype=torch.int64)
         self._call["route", scores.dtype](
             _at(scores), _at(expert_scale), rows, experts, top_k, _at(weights), _at(order), _at(place), _at(counts),
             _at(room), _at(ids),
         )  # fmt: skip
-        return weights, order, place, counts.tolist()
+        return weights, order, place, counts
 
     def combine(self, parts: Tensor, place: Tensor, weights: Tensor) -> Tensor:
         """Each row's weighted parts `[T k, H]`, added in ascending order of experts: `[T, H]`."""
@@ -225,6 +261,19 @@ class Native:
             _at(logits), _at(state), _at(room), threads,
         )  # fmt: skip
         return logits
+
+
+def panels_of(weight: Tensor) -> Tensor:
+    """`weight [out, in]` as panels of 32 outputs: `[out / 32, in, 32]`, or in bfloat16 `[out / 32, in / 2, 32, 2]`."""
+    outputs, inputs = weight.shape
+    pair = 4 // weight.element_size()
+    filled = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
+    return filled.view(-1, PANEL, inputs // pair, pair).transpose(1, 2).contiguous()
+
+
+def weight_of(panels: Tensor, outputs: int) -> Tensor:
+    """What `panels_of` packed."""
+    return panels.transpose(1, 2).reshape(panels.shape[0] * PANEL, -1)[:outputs].contiguous()
 
 
 def _at(tensor: Tensor | None) -> int | None:

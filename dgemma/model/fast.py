@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dgemma.kernels.cpu_vocab import PackedHead
 from dgemma.kernels.matrix import Matrix
 from dgemma.kernels.native import Native
 from dgemma.kernels.packed import Packed
@@ -16,6 +17,8 @@ from dgemma.model.attention import Attend
 from dgemma.model.backbone import DiffusionGemma
 from dgemma.model.block import Block
 from dgemma.model.layers import GatedMLP, Linear
+
+_SMALL = 1 << 23  # an embedding that may be kept three times
 
 
 class FastStack:
@@ -30,6 +33,9 @@ class FastStack:
         self._layers = [_Layer(block, after, native) for block, after in zip(blocks, following, strict=True)]
         self._signal_norm = model.self_conditioning.pre_norm.weight
         self._signal = _GatedMLP(model.self_conditioning.mlp, native)
+        embed = model.embed.weight
+        self.head = PackedHead(embed) if embed.numel() <= _SMALL else embed
+        """What `kernels.vocab` takes for the embedding."""
 
     def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str) -> Tensor:
         tables = {kind: rotation(positions, x.dtype) for kind, rotation in self._rotations.items()}
@@ -101,14 +107,24 @@ class _Experts:
             self._down: Sequence[Matrix] = [Packed(weight) for weight in experts.down_proj]
         else:
             self._gate_up, self._down = experts.matrices
+        # All experts in one call, where their products are the compiled ones.
+        self._places = _addresses(self._gate_up), _addresses(self._down)
 
     def __call__(self, x: Tensor, routed: Tensor) -> Tensor:
         native = self._native
         weights, order, place, counts = native.route(self._router(routed), self._scale, self._top_k)
-        groups = x.index_select(0, order).split(counts)
-        jobs = zip(groups, self._gate_up, self._down, strict=True)
+        rows, (gate_up, down) = x.index_select(0, order), self._places
+        if gate_up is not None and down is not None:
+            return native.combine(native.experts(rows, counts, gate_up, down, self._down[0].shape[1]), place, weights)
+        jobs = zip(rows.split(counts.tolist()), self._gate_up, self._down, strict=True)
         parts = [down(native.geglu(gate_up(rows))) for rows, gate_up, down in jobs if rows.shape[0]]
         return native.combine(torch.cat(parts), place, weights)
+
+
+def _addresses(matrices: Sequence[Matrix]) -> Tensor | None:
+    panels = [matrix.panels if isinstance(matrix, Packed) else None for matrix in matrices]
+    found = [part.data_ptr() for part in panels if part is not None]
+    return torch.tensor(found) if len(found) == len(matrices) else None
 
 
 class _Beside:

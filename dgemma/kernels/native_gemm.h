@@ -1,0 +1,187 @@
+// Products of rows with a packed weight, for processors with AVX-512. An output adds its terms in the order of the inputs,
+// whatever rows and columns stand beside it, so a row's bits never depend on the batch.
+//
+// A weight [out, in] is packed into panels of 32 outputs, panel by panel [in][32] float, or [in / 2][32][2] bfloat16, with
+// zeros for outputs that do not exist. A block of up to 14 rows times one panel keeps its sums in registers.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <immintrin.h>
+#include <omp.h>
+
+namespace gemm {
+
+constexpr int64_t WIDTH = 32, HEIGHT = 14, DEPTH = 512; // outputs of a panel; rows and steps of a block
+template <class T> struct Panel;
+template <> struct Panel<float> { typedef float step; };
+template <> struct Panel<bf16> { typedef uint32_t step; }; // two inputs at once
+
+static inline __m512 each(const char *a, float) { return _mm512_set1_ps(*(const float *)a); }
+static inline __m512 each(const char *a, uint32_t) { return _mm512_castsi512_ps(_mm512_set1_epi32(*(const int *)a)); }
+static inline __m512 take(const float *b) { return _mm512_loadu_ps(b); }
+static inline __m512 take(const uint32_t *b) { return _mm512_castsi512_ps(_mm512_loadu_si512(b)); }
+static inline __m512 dot(__m512 sum, __m512 x, __m512 b, float) { return _mm512_fmadd_ps(x, b, sum); }
+static inline __m512 dot(__m512 sum, __m512 x, __m512 b, uint32_t) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)b);
+#else
+    return sum;
+#endif
+}
+static inline void put(float *c, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(c, mask, x); }
+static inline void put(bf16 *c, __m512 x, __mmask16 mask) {
+#ifdef __AVX512BF16__
+    _mm256_mask_storeu_epi16(c, mask, (__m256i)_mm512_cvtneps_pbh(x));
+#endif
+}
+
+static inline __m512 get(const float *c, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, c); }
+static inline __m512 get(const bf16 *, __mmask16) { return _mm512_setzero_ps(); } // sums go on in float only
+
+// R rows (of `lda` bytes) times `steps` of a panel; the first `cols` sums go to c, after what is there if they go `on`.
+template <int R, class B, class C>
+static inline void block(const char *a, int64_t lda, const B *b, int64_t steps, C *c, int64_t ldc, int64_t cols, bool on) {
+    __m512 sums[R][2];
+    const char *base[5]; // of every third row: an address has room for twice a stride
+    for (int r = 0; r < 5; r++) base[r] = a + 3 * r * lda;
+    __mmask16 first = cols >= 16 ? 0xffff : (1 << cols) - 1, second = cols >= 32 ? 0xffff : cols > 16 ? (1 << (cols - 16)) - 1 : 0;
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) {
+        sums[r][0] = on ? get(c + r * ldc, first) : _mm512_setzero_ps();
+        sums[r][1] = on ? get(c + r * ldc + 16, second) : _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < steps; i++, b += WIDTH) {
+        __m512 left = take(b), right = take(b + 16);
+#pragma GCC unroll 14
+        for (int r = 0; r < R; r++) {
+            __m512 x = each(base[r / 3] + (r % 3) * lda, B());
+            sums[r][0] = dot(sums[r][0], x, left, B());
+            sums[r][1] = dot(sums[r][1], x, right, B());
+        }
+#pragma GCC unroll 5
+        for (int r = 0; r < 5; r++) base[r] += 4;
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) {
+        put(c + r * ldc, sums[r][0], first);
+        if (second) put(c + r * ldc + 16, sums[r][1], second);
+    }
+}
+
+template <class B, class C>
+static inline void some(int64_t rows, const char *a, int64_t lda, const B *b, int64_t steps, C *c, int64_t ldc, int64_t cols,
+                        bool on = false) {
+    switch (rows) {
+#define ROWS(n)                                                                                                         \
+    case n: block<n>(a, lda, b, steps, c, ldc, cols, on); break;
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
+#undef ROWS
+    }
+}
+
+// Blocks of nearly equal height cover m rows.
+static inline int64_t height_of(int64_t m) { return m ? (m + (m + HEIGHT - 1) / HEIGHT - 1) / ((m + HEIGHT - 1) / HEIGHT) : 1; }
+
+static inline int64_t cols_of(int64_t n, int64_t p) { return n - p * WIDTH < WIDTH ? n - p * WIDTH : WIDTH; }
+
+// c [m, n] = a [m, k] times a packed weight. Long sums go on from block to block of steps, in the same order.
+template <class T> static void multiply(const T *a, int64_t m, const void *packed, int64_t n, int64_t k, T *c, int threads) {
+    auto b = (const typename Panel<T>::step *)packed;
+    int64_t steps = k * sizeof(T) / 4, panels = (n + WIDTH - 1) / WIDTH, height = height_of(m), lda = k * sizeof(T);
+    if (steps <= 2 * DEPTH && lda % 2048) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t p = 0; p < panels; p++)
+            for (int64_t r = 0; r < m; r += height)
+                some(m - r < height ? m - r : height, (const char *)a + r * lda, lda, b + p * WIDTH * steps, steps,
+                     c + r * n + p * WIDTH, n, cols_of(n, p));
+        return;
+    }
+    float *sums = sizeof(T) == 4 ? (float *)c : (float *)std::malloc(m * n * sizeof(float));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        constexpr int64_t ROW = DEPTH * 4 + 64; // rows whose addresses share cache sets would push each other out
+        alignas(64) char rows[HEIGHT * ROW];
+        int64_t each = (panels + omp_get_num_threads() - 1) / omp_get_num_threads(), low = omp_get_thread_num() * each;
+        int64_t high = low + each < panels ? low + each : panels;
+        for (int64_t i = 0; i < steps; i += DEPTH) {
+            int64_t count = steps - i < DEPTH ? steps - i : DEPTH;
+            for (int64_t r = 0; r < m; r += height) {
+                int64_t some_rows = m - r < height ? m - r : height;
+                for (int64_t j = 0; j < some_rows; j++)
+                    std::memcpy(rows + j * ROW, (const char *)a + (r + j) * lda + i * 4, count * 4);
+                for (int64_t p = low; p < high; p++)
+                    some(some_rows, rows, ROW, b + (p * steps + i) * WIDTH, count, sums + r * n + p * WIDTH, n, cols_of(n, p), i > 0);
+            }
+        }
+    }
+    if (sizeof(T) == 4) return;
+    for (int64_t i = 0; i < m * n; i++) c[i] = narrow<T>(sums[i]);
+    std::free(sums);
+}
+
+// `weight [n, k]`, whose element (j, i) lies at j * row + i * column, into panels; k odd is filled up with a zero.
+template <class T> static void pack(const T *weight, int64_t n, int64_t k, int64_t row, int64_t column, T *b) {
+    constexpr int64_t PAIR = 4 / sizeof(T);
+    for (int64_t first = 0; first < n; first += WIDTH)
+        for (int64_t i = 0; i < k; i += PAIR)
+            for (int64_t j = first; j < first + WIDTH; j++)
+                for (int64_t h = i; h < i + PAIR; h++) *b++ = j < n && h < k ? weight[j * row + h * column] : narrow<T>(0);
+}
+
+// Softmax attention of one sequence: q [tokens, heads, dim], k, v [keys, groups, dim], out like q. Query t sees the keys
+// spans[2t] .. spans[2t + 1] - 1, or all. Sums run over keys in their order, so what is not seen changes no bit.
+template <class T>
+static void attention(const T *q, const T *k, const T *v, int64_t tokens, int64_t heads, int64_t groups, int64_t dim, int64_t keys,
+                      const int64_t *spans, T *out, int threads) {
+    typedef typename Panel<T>::step B;
+    constexpr int64_t PAIR = 4 / sizeof(T);
+    int64_t wide = (keys + WIDTH - 1) / WIDTH * WIDTH, deep = (dim + WIDTH - 1) / WIDTH * WIDTH;
+    int64_t key_size = wide * dim, value_size = deep * ((keys + 1) / PAIR * PAIR + PAIR);
+    T *packed = (T *)std::malloc(groups * (key_size + value_size) * sizeof(T));
+    int64_t blocks = (tokens + HEIGHT - 1) / HEIGHT, row = wide + 64 / sizeof(T), narrow_row = dim + 64 / sizeof(T);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        T *scores = (T *)std::malloc(HEIGHT * (row + narrow_row) * sizeof(T) + wide * 4), *some_q = scores + HEIGHT * row;
+        float *keep = (float *)(some_q + HEIGHT * narrow_row);
+#pragma omp for
+        for (int64_t g = 0; g < groups; g++) {
+            pack(k + g * dim, keys, dim, groups * dim, (int64_t)1, packed + g * (key_size + value_size));
+            pack(v + g * dim, dim, keys, (int64_t)1, groups * dim, packed + g * (key_size + value_size) + key_size);
+        }
+#pragma omp for collapse(2)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t n = 0; n < blocks; n++) {
+                int64_t start = n * HEIGHT, rows = tokens - start < HEIGHT ? tokens - start : HEIGHT, low = 0, high = keys;
+                const T *pk = packed + h / (heads / groups) * (key_size + value_size), *pv = pk + key_size;
+                for (int64_t r = 0; r < rows; r++)
+                    std::memcpy(some_q + r * narrow_row, q + ((start + r) * heads + h) * dim, dim * sizeof(T));
+                if (spans) {
+                    low = keys, high = 0;
+                    for (int64_t t = start; t < start + rows; t++) {
+                        low = spans[2 * t] < low ? spans[2 * t] : low;
+                        high = spans[2 * t + 1] > high ? spans[2 * t + 1] : high;
+                    }
+                    low = low / WIDTH * WIDTH;
+                }
+                for (int64_t c = low; c < high; c += WIDTH)
+                    some(rows, (const char *)some_q, narrow_row * sizeof(T), (const B *)(pk + c * dim), dim / PAIR, scores + c,
+                         row, WIDTH);
+                int64_t end = (high + PAIR - 1) / PAIR * PAIR;
+                for (int64_t r = 0; r < rows; r++) {
+                    int64_t a = spans ? spans[2 * (start + r)] : 0, b = spans ? spans[2 * (start + r) + 1] : keys;
+                    T *x = scores + r * row;
+                    for (int64_t i = low; i < a; i++) x[i] = narrow<T>(-INFINITY);
+                    for (int64_t i = b; i < end; i++) x[i] = narrow<T>(-INFINITY);
+                    softmax_row(x + low, end - low, keep);
+                }
+                for (int64_t c = 0; c < dim; c += WIDTH)
+                    some(rows, (const char *)(scores + low), row * sizeof(T), (const B *)(pv + c * ((keys + PAIR - 1) / PAIR * PAIR) + low * WIDTH),
+                         (end - low) / PAIR, out + (start * heads + h) * dim + c, heads * dim, dim - c < WIDTH ? dim - c : WIDTH);
+            }
+        std::free(scores);
+    }
+    std::free(packed);
+}
+
+} // namespace gemm
