@@ -25,11 +25,11 @@ Product = Callable[[Tensor], Tensor]
 
 
 class PackedHead:
-    """An embedding `[V, H]` packed for both products, chunk by chunk: twice its memory, for small vocabularies."""
+    """An embedding `[V, H]`, and its chunks packed for the product to logits: for vocabularies that are small."""
 
     def __init__(self, embed: Tensor) -> None:
-        self.shape, self.dtype = embed.shape, embed.dtype
-        self.pieces = [(Packed(part), Packed(part.t().contiguous())) for part in embed.detach().split(CHUNK)]
+        self.embed, self.shape, self.dtype = embed.detach(), embed.shape, embed.dtype
+        self.to_logits = [Packed(part) for part in self.embed.split(CHUNK)]
 
 
 class Pass(Protocol):
@@ -84,9 +84,10 @@ def vocab(
 
 def _pieces(embed: Tensor | PackedHead, matmul: Matmul) -> Sequence[tuple[Product, Product]]:
     """Of each chunk of the vocabulary, the products to its logits and to its share of the soft embedding."""
-    if isinstance(embed, PackedHead):
-        return embed.pieces
-    return [(partial(_times, part, matmul), partial(_times, part.t(), matmul)) for part in embed.split(CHUNK)]
+    plain, packed = (embed.embed, embed.to_logits) if isinstance(embed, PackedHead) else (embed, None)
+    parts = plain.split(CHUNK)
+    to_logits: Sequence[Product] = packed or [partial(_times, part, matmul) for part in parts]
+    return list(zip(to_logits, [partial(_times, part.t(), matmul) for part in parts], strict=True))
 
 
 def _times(weight: Tensor, matmul: Matmul, x: Tensor) -> Tensor:

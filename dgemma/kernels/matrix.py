@@ -3,7 +3,7 @@ multiplies by it instead of by its parameter."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -24,3 +24,16 @@ class Matrix(Protocol):
 
     def dense(self) -> Tensor:
         """The map as a plain tensor `[out, in]`: what the product equals up to rounding."""
+
+
+@runtime_checkable
+class RoundingMatrix(Protocol):
+    """A `Matrix` that rounds its rows first. What reads the same rows need round them only once."""
+
+    shape: tuple[int, int]
+
+    def rounded(self, x: Tensor) -> Any:
+        """Rows `[T, in]` as `into` wants them."""
+
+    def into(self, rounded: Any, out: Tensor) -> None:
+        """Write the product `[T, out]` to `out`, which may be a slice of columns."""

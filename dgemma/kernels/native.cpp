@@ -3,121 +3,7 @@
 // Every function treats rows apart, in one fixed order of operations: a row's bits depend neither on the number of
 // rows nor on the number of threads. T is float or bfloat16; bfloat16 values are rounded wherever the reference op by op
 // would have rounded them (`round_<T>`), sums and exponentials are float.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <omp.h>
-
-// Arrays of one call never overlap, but where an op says that it works in place.
-#define EACH_ALONE _Pragma("GCC ivdep")
-
-struct bf16 {
-    uint16_t bits;
-};
-
-static inline float wide(float x) { return x; }
-static inline float wide(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
-template <class T> static inline T narrow(float x);
-template <> inline float narrow<float>(float x) { return x; }
-template <> inline bf16 narrow<bf16>(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    bits += 0x7fff + ((bits >> 16) & 1); // to nearest, ties to even; activations are finite
-    return {uint16_t(bits >> 16)};
-}
-template <class T> static inline float round_(float x) { return wide(narrow<T>(x)); }
-
-// exp(x) - 1 = s * p + (s - 1) with x = n ln 2 + r, s = 2^n, p = exp(r) - 1 as a polynomial; x in [-87, 88].
-static inline void exp_parts(float x, float &s, float &p) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = __builtin_rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float q = 1.0f / 5040;
-    q = q * r + 1.0f / 720;
-    q = q * r + 1.0f / 120;
-    q = q * r + 1.0f / 24;
-    q = q * r + 1.0f / 6;
-    q = q * r + 0.5f;
-    p = q * r * r + r;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    std::memcpy(&s, &bits, 4);
-}
-static inline float exp_(float x) { // 0 below -87, so that what is masked is nothing
-    float s, p;
-    exp_parts(x, s, p);
-    return x < -87.0f ? 0.0f : s * p + s;
-}
-static inline float tanh_(float x) {
-    float s, p;
-    exp_parts(2 * x, s, p);
-    float less = s * p + (s - 1); // exp(2x) - 1, exact for small x too
-    return less / (less + 2);
-}
-static inline float gelu_(float x) { // tanh form: x (1 + tanh u) / 2 = x / (1 + exp(-2u))
-    float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x / (1 + exp_(-2 * u));
-}
-
-// f(0) + .. + f(n - 1). Element i always adds to lane i mod 32, so zeros at the end change no bit.
-template <class F> static inline float total(int64_t n, F f) {
-    float lanes[32] = {0};
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32)
-        for (int j = 0; j < 32; j++) lanes[j] += f(i + j);
-    for (int j = 0; i + j < n; j++) lanes[j] += f(i + j);
-    for (int step = 16; step; step /= 2)
-        for (int j = 0; j < step; j++) lanes[j] += lanes[j + step];
-    return *lanes;
-}
-template <class T> static inline float highest(const T *x, int64_t n) {
-    float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++) top = wide(x[i]) > top ? wide(x[i]) : top;
-    return top;
-}
-
-static inline int64_t first_of(const float *x, int64_t n, float value) {
-    int64_t at = 0;
-    for (int found = 0; at + 64 <= n; at += 64) {
-        for (int j = 0; j < 64; j++) found |= x[at + j] == value;
-        if (found) break;
-    }
-    while (x[at] != value) at++;
-    return at;
-}
-
-// 1 / sqrt(mean(x^2) + eps)
-template <class T> static inline float inverse(const T *x, int64_t n, float eps) {
-    return 1.0f / std::sqrt(total(n, [=](int64_t i) { return wide(x[i]) * wide(x[i]); }) / n + eps);
-}
-template <class T> static inline void norm_row(const T *x, const T *w, float eps, int64_t n, T *out) {
-    float scale = inverse(x, n, eps);
-    if (w)
-        EACH_ALONE for (int64_t i = 0; i < n; i++) out[i] = narrow<T>(wide(x[i]) * scale * wide(w[i]));
-    else
-        EACH_ALONE for (int64_t i = 0; i < n; i++) out[i] = narrow<T>(wide(x[i]) * scale);
-}
-
-// Softmax of n entries, in place; -inf becomes exactly 0. `keep` has room for n floats; without it exponentials are taken
-// twice, which gives the same bits.
-template <class T> static inline void softmax_row(T *row, int64_t n, float *keep) {
-    float top = highest(row, n);
-    if (keep) {
-        EACH_ALONE for (int64_t i = 0; i < n; i++) keep[i] = exp_(wide(row[i]) - top);
-        float scale = 1 / total(n, [=](int64_t i) { return keep[i]; });
-        EACH_ALONE for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(keep[i] * scale);
-    } else {
-        float scale = 1 / total(n, [=](int64_t i) { return exp_(wide(row[i]) - top); });
-        EACH_ALONE for (int64_t i = 0; i < n; i++) row[i] = narrow<T>(exp_(wide(row[i]) - top) * scale);
-    }
-}
+#include "native_math.h"
 
 #ifdef __AVX512F__
 #include "native_gemm.h"
@@ -125,17 +11,35 @@ template <class T> static inline void softmax_row(T *row, int64_t n, float *keep
 namespace gemm { // none here: the caller asks `products` first
 template <class T> static void multiply(const T *, int64_t, const void *, int64_t, int64_t, T *, int) {}
 template <class T>
+static void multiply_bytes(const uint8_t *, const float *, int64_t, int64_t, const int32_t *, const int32_t *, const float *, int64_t,
+                           int64_t, T *, int64_t, int) {}
+template <class T>
 static void attention(const T *, const T *, const T *, int64_t, int64_t, int64_t, int64_t, int64_t, const int64_t *, T *, int) {}
 }
 #endif
 
-// Whether there are products in float (1) and bfloat16 (2).
+// Codes [n, k] into panels [n / 32][k / 4][32][4], and 128 times the sums of each row's codes: what stands for 0 adds that.
+extern "C" void pack_bytes(const int8_t *codes, int64_t n, int64_t k, int8_t *panels, int32_t *zero) {
+    for (int64_t first = 0; first < n; first += 32)
+        for (int64_t i = 0; i < k; i += 4)
+            for (int64_t j = first; j < first + 32; j++)
+                for (int64_t h = i; h < i + 4; h++) {
+                    int8_t code = j < n && h < k ? codes[j * k + h] : 0;
+                    *panels++ = code;
+                    zero[j] += 128 * code;
+                }
+}
+
+// Whether there are products in float (1), bfloat16 (2) and bytes (4).
 extern "C" int products() {
     int found = 0;
 #ifdef __AVX512F__
     found |= 1;
 #ifdef __AVX512BF16__
     found |= 2;
+#endif
+#ifdef __AVX512VNNI__
+    found |= 4;
 #endif
 #endif
     return found;
@@ -148,6 +52,27 @@ template <class T> struct Ops {
     }
     static void multiply(const T *a, int64_t m, const void *b, int64_t n, int64_t k, T *c, int threads) {
         gemm::multiply<T>(a, m, b, n, k, c, threads);
+    }
+
+    // Rows as unsigned levels, 128 for 0, filled up with 128 to `wide` bytes, and each row's step.
+    static void bytes(const T *x, int64_t rows, int64_t n, int64_t wide, uint8_t *levels, float *steps, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int64_t t = 0; t < rows; t++) {
+            const T *row = x + t * n;
+            uint8_t *out = levels + t * wide;
+            float top = 0;
+#pragma omp simd reduction(max : top)
+            for (int64_t i = 0; i < n; i++) top = std::fabs(::wide(row[i])) > top ? std::fabs(::wide(row[i])) : top;
+            steps[t] = top / 127 > 1e-30f ? top / 127 : 1e-30f;
+            float inverse = 1 / steps[t];
+            EACH_ALONE
+            for (int64_t i = 0; i < n; i++) out[i] = uint8_t(int32_t(::wide(row[i]) * inverse + 128.5f));
+            for (int64_t i = n; i < wide; i++) out[i] = 128;
+        }
+    }
+    static void multiply_bytes(const uint8_t *levels, const float *steps, int64_t rows, int64_t wide, const void *b, const int32_t *zero,
+                               const float *scale, int64_t n, int64_t k, T *c, int64_t ldc, int threads) {
+        gemm::multiply_bytes<T>(levels, steps, rows, wide, (const int32_t *)b, zero, scale, n, (k + 3) / 4, c, ldc, threads);
     }
 
     // Gated MLPs of experts: rows lie grouped by expert, `counts` of each; `gate_up` and `down` point at packed weights.
@@ -407,6 +332,12 @@ EACH(experts,
      (const T *x, const int64_t *counts, int64_t experts, const void *const *gate_up, const void *const *down, int64_t size,
       int64_t inner, T *room, T *out, int threads),
      (x, counts, experts, gate_up, down, size, inner, room, out, threads))
+EACH(bytes, (const T *x, int64_t rows, int64_t n, int64_t wide, uint8_t *levels, float *steps, int threads),
+     (x, rows, n, wide, levels, steps, threads))
+EACH(multiply_bytes,
+     (const uint8_t *levels, const float *steps, int64_t rows, int64_t wide, const void *b, const int32_t *zero, const float *scale,
+      int64_t n, int64_t k, T *c, int64_t ldc, int threads),
+     (levels, steps, rows, wide, b, zero, scale, n, k, c, ldc, threads))
 EACH(norm, (const T *x, const T *w, float eps, int64_t rows, int64_t n, T *out, int threads), (x, w, eps, rows, n, out, threads))
 EACH(middle,
      (const T *x, const T *y, const T *post, const T *wd, const T *wm, const T *scale, float eps, int64_t rows, int64_t n,

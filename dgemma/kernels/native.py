@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE, PRODUCTS = (Path(__file__).with_name(name) for name in ("native.cpp", "native_gemm.h"))
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_math.h", "native_gemm.h")]
 _FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
@@ -36,7 +36,7 @@ def load() -> Native | None:
     if os.environ.get("DGEMMA_NATIVE", "1") == "0":
         return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
-    text = SOURCE.read_bytes() + PRODUCTS.read_bytes()
+    text = b"".join(path.read_bytes() for path in SOURCES)
     key = hashlib.sha256(b"\0".join([text, " ".join(_FLAGS).encode(), _processor().encode()])).hexdigest()[:16]
     path = _folder() / f"native-{key}.so"
     if not path.exists() and not (compiler and _build(compiler, path)):
@@ -67,7 +67,7 @@ def _build(compiler: str, path: Path) -> bool:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             subprocess.run(
-                [compiler, *_FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=_SECONDS
+                [compiler, *_FLAGS, str(SOURCES[0]), "-o", str(made)], check=True, capture_output=True, timeout=_SECONDS
             )
             made.replace(path)
     except (OSError, subprocess.SubprocessError):
@@ -84,6 +84,8 @@ class Native:
         signatures = {
             "multiply": [p, n, p, n, n, p, i],
             "experts": [p, p, n, p, p, n, n, p, p, i],
+            "bytes": [p, n, n, n, p, p, i],
+            "multiply_bytes": [p, p, n, n, p, p, p, n, n, p, n, i],
             "attention": [p, p, p, n, n, n, n, n, p, p, i],
             "norm": [p, p, f, n, n, p, i],
             "middle": [p, p, p, p, p, p, f, n, n, p, p, p, p, i],
@@ -101,12 +103,16 @@ class Native:
                 function = getattr(library, name + suffix)
                 function.argtypes, function.restype = kinds, None
                 self._call[name, dtype] = function
+        self._pack_bytes = library.pack_bytes
+        self._pack_bytes.argtypes, self._pack_bytes.restype = [p, n, n, p, p], None
         found = library.products()
-        self._products = {torch.float32: bool(found & 1), torch.bfloat16: bool(found & 2)}
+        self._products = {
+            kind for bit, kind in enumerate((torch.float32, torch.bfloat16, torch.int8)) if found >> bit & 1
+        }
 
     def multiplies(self, dtype: torch.dtype, inputs: int) -> bool:
-        """Whether there are products of that type here: they need AVX-512, for bfloat16 its own instructions, too."""
-        return self._products.get(dtype, False) and (dtype is torch.float32 or inputs % 2 == 0)
+        """Whether there are products of that type here. They need AVX-512, bfloat16 and bytes also its extensions."""
+        return dtype in self._products and (dtype is not torch.bfloat16 or inputs % 2 == 0)
 
     def multiply(self, x: Tensor, panels: Tensor, outputs: int) -> Tensor:
         """`[T, in]` times a weight that `panels_of` packed: `[T, out]`."""
@@ -124,6 +130,36 @@ class Native:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def pack_bytes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """`codes [out, in]` int8 as `panels_of` lays them out, and what the levels' zero adds to each output."""
+        outputs, inputs = codes.shape
+        codes, panels = codes.contiguous(), -(-outputs // PANEL)
+        packed = torch.empty(panels, -(-inputs // 4), PANEL, 4, dtype=torch.int8)
+        zero = torch.zeros(panels * PANEL, dtype=torch.int32)
+        self._pack_bytes(_at(codes), outputs, inputs, _at(packed), _at(zero))
+        return packed, zero
+
+    def bytes_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `[T, in]` as unsigned levels, 128 for 0, with room at their ends, and each row's step `[T]`."""
+        rows, size = x.shape
+        levels = torch.empty(rows, -(-size // 4) * 4 + 64, dtype=torch.uint8)
+        steps = torch.empty(rows)
+        self._call["bytes", x.dtype](_at(x), rows, size, levels.shape[1], _at(levels), _at(steps), _threads(rows))
+        return levels, steps
+
+    def multiply_bytes(
+        self, rounded: tuple[Tensor, Tensor], inputs: int, panels: Tensor, zero: Tensor, scale: Tensor, out: Tensor
+    ) -> None:
+        """`out [T, outputs]`, maybe a slice of columns: (level - 128) * step of each row times code * scale of panels.
+
+        `zero` and `scale` have an entry for each output of the panels, those that do not exist included.
+        """
+        levels, steps = rounded
+        self._call["multiply_bytes", out.dtype](
+            _at(levels), _at(steps), out.shape[0], levels.shape[1], _at(panels), _at(zero), _at(scale), out.shape[1],
+            inputs, _at(out), out.stride(0), torch.get_num_threads(),
+        )  # fmt: skip
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None) -> Tensor:
         """`reference.attention` of `q [T, Q, D]` and `k, v [S, K, D]`, where query t sees keys `spans[t]` `[T, 2]`."""
@@ -264,16 +300,16 @@ class Native:
 
 
 def panels_of(weight: Tensor) -> Tensor:
-    """`weight [out, in]` as panels of 32 outputs: `[out / 32, in, 32]`, or in bfloat16 `[out / 32, in / 2, 32, 2]`."""
-    outputs, inputs = weight.shape
-    pair = 4 // weight.element_size()
-    filled = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
-    return filled.view(-1, PANEL, inputs // pair, pair).transpose(1, 2).contiguous()
+    """`weight [out, in]` as panels of 32 outputs, `[out / 32, in / n, 32, n]`, with n inputs to four bytes."""
+    each = 4 // weight.element_size()
+    lack = (0, -weight.shape[1] % each, 0, -weight.shape[0] % PANEL)
+    filled = torch.nn.functional.pad(weight.detach(), lack) if any(lack) else weight.detach()
+    return filled.reshape(-1, PANEL, filled.shape[1] // each, each).transpose(1, 2).contiguous()
 
 
-def weight_of(panels: Tensor, outputs: int) -> Tensor:
+def weight_of(panels: Tensor, outputs: int, inputs: int) -> Tensor:
     """What `panels_of` packed."""
-    return panels.transpose(1, 2).reshape(panels.shape[0] * PANEL, -1)[:outputs].contiguous()
+    return panels.transpose(1, 2).reshape(panels.shape[0] * PANEL, -1)[:outputs, :inputs].contiguous()
 
 
 def _at(tensor: Tensor | None) -> int | None:

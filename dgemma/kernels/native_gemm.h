@@ -4,11 +4,9 @@
 // A weight [out, in] is packed into panels of 32 outputs, panel by panel [in][32] float, or [in / 2][32][2] bfloat16, with
 // zeros for outputs that do not exist. A block of up to 14 rows times one panel keeps its sums in registers.
 #pragma once
-#include <cstdint>
+#include "native_math.h"
 #include <cstdlib>
-#include <cstring>
 #include <immintrin.h>
-#include <omp.h>
 
 namespace gemm {
 
@@ -81,7 +79,10 @@ static inline void some(int64_t rows, const char *a, int64_t lda, const B *b, in
 }
 
 // Blocks of nearly equal height cover m rows.
-static inline int64_t height_of(int64_t m) { return m ? (m + (m + HEIGHT - 1) / HEIGHT - 1) / ((m + HEIGHT - 1) / HEIGHT) : 1; }
+static inline int64_t height_of(int64_t m, int64_t most = HEIGHT) {
+    int64_t blocks = (m + most - 1) / most;
+    return m ? (m + blocks - 1) / blocks : 1;
+}
 
 static inline int64_t cols_of(int64_t n, int64_t p) { return n - p * WIDTH < WIDTH ? n - p * WIDTH : WIDTH; }
 
@@ -119,6 +120,68 @@ template <class T> static void multiply(const T *a, int64_t m, const void *packe
     for (int64_t i = 0; i < m * n; i++) c[i] = narrow<T>(sums[i]);
     std::free(sums);
 }
+
+#ifdef __AVX512VNNI__
+static inline __m512 sized(__m512i sum, const int32_t *zero, const float *scale, float step) {
+    __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_loadu_si512(zero)));
+    return _mm512_mul_ps(_mm512_mul_ps(whole, _mm512_loadu_ps(scale)), _mm512_set1_ps(step));
+}
+
+// Whole numbers: unsigned activations (128 stands for 0), four at a time, times signed weights.
+template <int R, class T>
+static inline void block_of_bytes(const char *a, int64_t lda, const int32_t *b, int64_t steps, const int32_t *zero, const float *scale,
+                                  const float *step, T *c, int64_t ldc, int64_t cols) {
+    __m512i sums[R][2];
+    const char *base[5];
+    for (int r = 0; r < 5; r++) base[r] = a + 3 * r * lda;
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < steps; i++, b += WIDTH) {
+        __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 16);
+#pragma GCC unroll 14
+        for (int r = 0; r < R; r++) {
+            __m512i x = _mm512_set1_epi32(*(const int *)(base[r / 3] + (r % 3) * lda));
+            sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], x, left);
+            sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], x, right);
+        }
+#pragma GCC unroll 5
+        for (int r = 0; r < 5; r++) base[r] += 4;
+    }
+    __mmask16 first = cols >= 16 ? 0xffff : (1 << cols) - 1, second = cols >= 32 ? 0xffff : cols > 16 ? (1 << (cols - 16)) - 1 : 0;
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) {
+        put(c + r * ldc, sized(sums[r][0], zero, scale, step[r]), first);
+        if (second) put(c + r * ldc + 16, sized(sums[r][1], zero + 16, scale + 16, step[r]), second);
+    }
+}
+
+// c [m, n] (rows ldc apart) from rounded rows of `wide` bytes each and their steps; `zero` is 128 times a panel's sums.
+template <class T>
+static void multiply_bytes(const uint8_t *a, const float *step, int64_t m, int64_t wide, const int32_t *b, const int32_t *zero,
+                           const float *scale, int64_t n, int64_t steps, T *c, int64_t ldc, int threads) {
+    int64_t panels = (n + WIDTH - 1) / WIDTH, height = height_of(m, 10); // more rows spill registers
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t r = 0; r < m; r += height) {
+            const char *rows = (const char *)a + r * wide;
+            const int32_t *panel = b + p * WIDTH * steps, *none = zero + p * WIDTH;
+            const float *size = scale + p * WIDTH;
+            T *out = c + r * ldc + p * WIDTH;
+            int64_t cols = cols_of(n, p);
+            switch (m - r < height ? m - r : height) {
+#define ROWS(n)                                                                                                         \
+    case n: block_of_bytes<n>(rows, wide, panel, steps, none, size, step + r, out, ldc, cols); break;
+                ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13)
+                ROWS(14)
+#undef ROWS
+            }
+        }
+}
+#else
+template <class T>
+static void multiply_bytes(const uint8_t *, const float *, int64_t, int64_t, const int32_t *, const int32_t *, const float *, int64_t,
+                           int64_t, T *, int64_t, int) {}
+#endif
 
 // `weight [n, k]`, whose element (j, i) lies at j * row + i * column, into panels; k odd is filled up with a zero.
 template <class T> static void pack(const T *weight, int64_t n, int64_t k, int64_t row, int64_t column, T *b) {

@@ -39,10 +39,10 @@ class Packed:
             out = _product(rows.expand(2, -1), self._weight, None, "none", [], "")[:1]
         else:
             out = _product(rows, self._weight, None, "none", [], "")
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self._shape[0])
 
     def dense(self) -> Tensor:
-        return native.weight_of(self._weight, self._shape[0]) if self._ours else self._weight.to_dense()
+        return native.weight_of(self._weight, *self._shape) if self._ours else self._weight.to_dense()
 
 
 _ROWS = 256  # oneDNN's layout depends on it only as a hint

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dgemma.kernels.cpu_vocab import PackedHead
-from dgemma.kernels.matrix import Matrix
+from dgemma.kernels.matrix import Matrix, RoundingMatrix
 from dgemma.kernels.native import Native
 from dgemma.kernels.packed import Packed
 from dgemma.model.attention import Attend
@@ -18,7 +18,7 @@ from dgemma.model.backbone import DiffusionGemma
 from dgemma.model.block import Block
 from dgemma.model.layers import GatedMLP, Linear
 
-_SMALL = 1 << 23  # an embedding that may be kept three times
+_SMALL = 1 << 22  # an embedding that may be kept twice
 
 
 class FastStack:
@@ -132,9 +132,17 @@ class _Beside:
 
     def __init__(self, parts: Sequence[Matrix]) -> None:
         self._parts = parts
+        rounding = [part for part in parts if isinstance(part, RoundingMatrix)]
+        self._rounding = rounding if len(rounding) == len(parts) else []
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self._parts], dim=-1)
+        if not self._rounding:
+            return torch.cat([part(x) for part in self._parts], dim=-1)
+        rounded, widths = self._rounding[0].rounded(x), [part.shape[0] for part in self._rounding]
+        out = x.new_empty(x.shape[0], sum(widths))
+        for part, columns in zip(self._rounding, out.split(widths, dim=1), strict=True):
+            part.into(rounded, columns)
+        return out
 
 
 def _matrix(linear: Linear) -> Matrix:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dgemma import kernels
+from dgemma.kernels import native
 from dgemma.quant.groups import filled_up
 from dgemma.quant.int8wo import symmetric_scale
 from dgemma.quant.protocol import Part, Shape, refuse_gradient
@@ -37,8 +38,41 @@ class Int8Dynamic:
         scale = symmetric_scale(wide)
         return {"codes": (wide / scale).round_().to(torch.int8), "scale": scale.squeeze(-1)}
 
-    def matrix(self, stored: Mapping[str, Tensor], shape: Shape) -> Int8DynamicMatrix:
+    def matrix(self, stored: Mapping[str, Tensor], shape: Shape) -> CompiledInt8Matrix | Int8DynamicMatrix:
+        compiled = native.load() if stored["codes"].device.type == "cpu" else None
+        if compiled is not None and compiled.multiplies(torch.int8, shape[1]):
+            return CompiledInt8Matrix(stored["codes"], stored["scale"], compiled)
         return Int8DynamicMatrix(stored["codes"], stored["scale"])
+
+
+class CompiledInt8Matrix:
+    """The codes in panels of `native`'s own product, which rounds and multiplies without torch in between."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, compiled: native.Native) -> None:
+        self.shape = (codes.shape[0], codes.shape[1])
+        self._compiled = compiled
+        self._panels, self._zero = compiled.pack_bytes(codes)
+        self._scale = torch.nn.functional.pad(scale, (0, len(self._zero) - len(scale)))
+
+    @property
+    def nbytes(self) -> int:
+        return self._panels.nbytes + self._scale.nbytes + self._zero.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        refuse_gradient(x)
+        rows = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(rows.shape[0], self.shape[0])
+        self.into(self.rounded(rows), out)
+        return out.view(*x.shape[:-1], self.shape[0])
+
+    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._compiled.bytes_of(x.contiguous())
+
+    def into(self, rounded: tuple[Tensor, Tensor], out: Tensor) -> None:
+        self._compiled.multiply_bytes(rounded, self.shape[1], self._panels, self._zero, self._scale, out)
+
+    def dense(self) -> Tensor:
+        return native.weight_of(self._panels, *self.shape).float() * self._scale[: self.shape[0], None]
 
 
 class Int8DynamicMatrix:

@@ -61,7 +61,9 @@ def weights_of(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def untrained() -> Start:
     """The network and the sampler settings of `recipes/sudoku.yaml`."""
-    return build_model(load_recipe(ROOT / "recipes/sudoku.yaml", [f"model.tokenizer={ROOT}/dgemma/models/sudoku"]).model, 0)
+    return build_model(
+        load_recipe(ROOT / "recipes/sudoku.yaml", [f"model.tokenizer={ROOT}/dgemma/models/sudoku"]).model, 0
+    )
 
 
 def export(source: Path, folder: Path) -> int:

@@ -137,7 +137,11 @@ def main() -> None:
     parser.add_argument("--puzzles", type=int, help="of each set, the first ones (all)")
     parser.add_argument("--attempts", type=int, default=4, help="of verified best-of-n (4)")
     parser.add_argument(
-        "--few", type=int, default=200, metavar="N", help="of each set, for the twin and without self-conditioning (200)"
+        "--few",
+        type=int,
+        default=200,
+        metavar="N",
+        help="of each set, for the twin and without self-conditioning (200)",
     )
     parser.add_argument("--trained-on", default="", metavar="WORDS", help="the machine that trained it, for the card")
     args = parser.parse_args()

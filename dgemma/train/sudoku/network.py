@@ -11,6 +11,7 @@ from dgemma.model import DiffusionGemma
 from dgemma.model.attention import Attention
 from dgemma.train.sudoku.board import BOX, COLUMN, ROW
 
+
 @torch.no_grad()
 def give_board_hints(model: DiffusionGemma, seed: int) -> None:
     """Two hints in fresh weights that cost nothing later and save most of the early training. In place.
