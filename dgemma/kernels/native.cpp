@@ -4,6 +4,7 @@
 // rows nor on the number of threads. T is float or bfloat16; bfloat16 values are rounded wherever the reference op by op
 // would have rounded them (`round_<T>`), sums and exponentials are float.
 #include "native_math.h"
+#include "native_vocab.h"
 
 #ifdef __AVX512F__
 #include "native_gemm.h"
@@ -270,10 +271,7 @@ template <class T> struct Ops {
             Row &s = state[t];
             float *z = room + omp_get_thread_num() * n;
             const T *l = logits + t * n;
-            float inside = 1 / cap, outside = cap / temperature[t];
-            EACH_ALONE
-            for (int64_t i = 0; i < n; i++) z[i] = tanh_(wide(l[i]) * inside) * outside;
-            float top = highest(z, n);
+            float top = cap_row(l, n, 1 / cap, cap / temperature[t], z);
             s.rescale = 1;
             if (top > s.top) {
                 int64_t at = first_of(z, n, top); // ties go to the lowest id
@@ -289,14 +287,10 @@ template <class T> struct Ops {
             float peak = s.top, power = own && own[t] > 0 ? 1 / own[t] : 1;
             for (int64_t b = 0; b < n; b += block) {
                 int64_t end = b + block < n ? b + block : n;
-                float below[block], exps[block];
-                EACH_ALONE
-                for (int64_t i = 0; i < end - b; i++) {
-                    below[i] = z[b + i] - peak, exps[i] = exp_(below[i]);
-                    probs[t * n + b + i] = narrow<T>(exps[i]);
-                }
-                float sum = total(end - b, [&](int64_t i) { return exps[i]; }), mass = sum;
-                s.moment += total(end - b, [&](int64_t i) { return exps[i] * below[i]; });
+                float below[block], exps[block], sum, moment;
+                weigh(z + b, end - b, peak, below, exps, probs + t * n + b, sum, moment);
+                float mass = sum;
+                s.moment += moment;
                 if (power != 1) {
                     EACH_ALONE
                     for (int64_t i = 0; i < end - b; i++) exps[i] = exp_(below[i] * power);

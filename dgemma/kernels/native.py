@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_math.h", "native_gemm.h")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("native.cpp", "native_math.h", "native_gemm.h", "native_vocab.h")
+]
 _FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
