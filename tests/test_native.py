@@ -174,6 +174,13 @@ def test_the_fast_stack_is_the_block_by_block_one(size: str, dtype: torch.dtype)
     assert (found[0][1] - found[0][2]).abs().max() > 10 * limit * (dtype is torch.float32), "the signal matters"
 
 
+def test_weights_of_mixed_types_take_the_plain_way() -> None:
+    model = new_model(CONFIG, 3).bfloat16().eval().requires_grad_(False)
+    assert Runner(model)._stack is not None
+    model.norm.float()
+    assert Runner(model)._stack is None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_products_do_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
     weight, x = normal(70, 48, dtype=dtype), normal(2048, 48, seed=1, dtype=dtype)

@@ -44,7 +44,9 @@ class Runner:
         self.model = model
         self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
         self.counters = Counters()
-        native = kernels.native.load() if self.device.type == "cpu" and self.dtype in _FAST else None
+        types = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
+        able = self.device.type == "cpu" and self.dtype in _FAST and types == {self.dtype}
+        native = kernels.native.load() if able else None
         self._stack = None if native is None else FastStack(model, native)
         self._head = model.embed.weight if self._stack is None else self._stack.head
 

@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`reference.attention`, one key head at a time, all its query heads as rows of one product.
+    """`reference.attention`, compiled where it can be; else one key head at a time, its query heads as rows.
 
     A query's result depends neither on the other queries of the pass nor on masked keys behind its own; the fused
     op of torch (no faster here) promises neither.
@@ -92,6 +92,4 @@ def gelu(x: Tensor) -> Tensor:
 
 route = partial(reference.route, matmul=linear)
 experts = partial(reference.experts, matmul=linear, activation=gelu)
-
-
 vocab = partial(cpu_vocab.vocab, matmul=linear)
