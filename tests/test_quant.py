@@ -26,14 +26,6 @@ def weight_format(request: pytest.FixtureRequest) -> WeightFormat:
     return make_format(*request.param)
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():

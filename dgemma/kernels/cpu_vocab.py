@@ -28,7 +28,7 @@ class PackedHead:
     """An embedding `[V, H]`, and its chunks packed for the product to logits: for vocabularies that are small."""
 
     def __init__(self, embed: Tensor) -> None:
-        self.embed, self.shape, self.dtype = embed.detach(), embed.shape, embed.dtype
+        self.embed, self.dtype = embed.detach(), embed.dtype
         self.to_logits = [Packed(part) for part in self.embed.split(CHUNK)]
 
 
