@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import text_kit
 import torch
+
+from dgemma.api import LLM
 
 
 @pytest.fixture(params=[1, 3])
@@ -15,3 +19,24 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny random model."""
+    return text_kit.save_model(tmp_path_factory.mktemp("made") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM.load(folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def brief_rates() -> Iterator[None]:
+    """Floors of little precision, for benchmarks that need one of any kind."""
+    from dgemma.bench.parts import replaced
+    from dgemma.bench.rates import Rates
+
+    with replaced(Rates, "seconds", 0.001), replaced(Rates, "least", 2), replaced(Rates, "buffer", 8_000_000):
+        yield

@@ -6,7 +6,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from engine_kit import tiny_config
-from text_kit import save_model
 from torch import Tensor
 
 from dgemma.api import LLM
@@ -25,9 +24,7 @@ from dgemma.bench.child import TUNED
 from dgemma.bench.decode import PROMPTS, DecodeReport, DecodeSettings, Ratio, Row, run_decode
 from dgemma.bench.floor import Floor
 from dgemma.bench.machine import Machine, Memory, MemoryMeter
-from dgemma.bench.parts import replaced
 from dgemma.bench.peer import MediumPeer, Peer
-from dgemma.bench.rates import Rates
 from dgemma.bench.report import plot, tables
 from dgemma.bench.runs import Ours, Run
 from dgemma.bench.tuned import TunedPeer
@@ -35,26 +32,11 @@ from dgemma.cli import main
 from dgemma.config import GenerationConfig
 from dgemma.errors import ConfigError, DgemmaError, RequestError
 
+pytestmark = pytest.mark.usefixtures("brief_rates")
+
 WIDTH, STEPS = 16, 3
 SIDES = ("dgemma", "transformers", "transformers (medium)")
 FIXED = dict(max_denoising_steps=STEPS, stability_threshold=None, confidence_threshold=None, stop_tokens=())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def brief_rates() -> Iterator[None]:
-    """Floors of little precision."""
-    with replaced(Rates, "seconds", 0.001), replaced(Rates, "least", 2), replaced(Rates, "buffer", 8_000_000):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("bench") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> LLM:
-    return LLM.load(folder, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +347,7 @@ def test_json_to_standard_output_comes_alone(folder: Path, capsys: pytest.Captur
         (("--threads", "1,0"), "whole numbers of at least 1 with commas between, got '1,0'"),
         (("--dtype", "float32", "--dtypes", "bfloat16"), "--dtype and --dtypes say the same thing"),
         (("--dtypes", "int3"), "dtypes must be some of float32, bfloat16, float16; got 'int3'"),
-        (("--top-p", "0.5"), "top_p works in mode 'ar' only"),
+        (("--top-p", "0"), "top_p must be a number more than 0 and at most 1, got 0.0"),
         (("--max-new-tokens", "2000"), "the model has 256"),
     ],
 )

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from text_kit import save_model
 
 from dgemma.api import LLM
 from dgemma.bench.charts import memory_tables
@@ -30,11 +29,6 @@ del block
 print("done", flush=True)
 sys.stdin.readline()
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("memory") / "tiny")
 
 
 @pytest.fixture

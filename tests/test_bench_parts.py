@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from text_kit import save_model
 
 from dgemma import kernels
 from dgemma.api import LLM
@@ -18,28 +16,12 @@ from dgemma.bench.charts import kernels_tables
 from dgemma.bench.floor import PARTS
 from dgemma.bench.kernels import KernelsSettings, run_kernels
 from dgemma.bench.parts import ALL_PARTS, Stopwatch, observe_routing, replaced, watching
-from dgemma.bench.rates import Rates
 from dgemma.bench.runs import Ours
 from dgemma.cli import main
 from dgemma.engine import Engine
 from dgemma.errors import RequestError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def brief_rates() -> Iterator[None]:
-    """Floors of little precision."""
-    with replaced(Rates, "seconds", 0.001), replaced(Rates, "least", 2), replaced(Rates, "buffer", 8_000_000):
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("parts") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> LLM:
-    return LLM.load(folder, threads=1)
+pytestmark = pytest.mark.usefixtures("brief_rates")
 
 
 def plain(llm: LLM) -> Engine:
@@ -112,10 +94,10 @@ def test_a_replaced_attribute_comes_back() -> None:
 
 def state(engine: Engine) -> list[Any]:
     """Everything that watching touches."""
-    owners = [engine, engine.runner, kernels, *(owner for owner, _, _ in parts._METHODS)]
+    owners = [engine, engine.runner, kernels, *(owner for owner, _, _ in parts.METHODS)]
     modules = list(engine.runner.model.modules())
     hooks = [len(hooks) for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-    names = ("tick", "denoise", "encode", "vocab", *(name for _, name, _ in parts._METHODS))
+    names = ("tick", "denoise", "encode", "vocab", *(name for _, name, _ in parts.METHODS))
     return [*hooks, *((id(owner), name, vars(owner).get(name)) for owner in owners for name in names)]
 
 

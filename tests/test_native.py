@@ -16,8 +16,9 @@ from train_kit import CONFIG
 from dgemma.cache import KVCache
 from dgemma.config import ModelConfig
 from dgemma.engine import Runner
+from dgemma.engine.attend import EncodeAttend
 from dgemma.engine.runner import Draws
-from dgemma.kernels import cpu_vocab, native, reference
+from dgemma.kernels import cpu, cpu_vocab, native, reference
 from dgemma.kernels.packed import Packed
 from dgemma.model import DiffusionGemma
 from dgemma.train.init import new_model
@@ -172,6 +173,32 @@ def test_the_fast_stack_is_the_block_by_block_one(size: str, dtype: torch.dtype)
     for one, two in zip(*found, strict=True):
         assert (one - two).abs().max() < limit
     assert (found[0][1] - found[0][2]).abs().max() > 10 * limit * (dtype is torch.float32), "the signal matters"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_an_encode_pass_knows_its_spans(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of one pass, over the edges of the window: nothing is looked up in a mask, and no bit differs if it is."""
+    _, fast, _ = stacks(CONFIG, dtype)
+    window, counts, looks = CONFIG.sliding_window, [5, 1, 7, CONFIG.sliding_window + 3], []
+    find, view = cpu._spans, EncodeAttend._view
+
+    def looked(mask: Tensor) -> Tensor | None:
+        looks.append(mask.shape)
+        return find(mask)
+
+    def hidden() -> Tensor:
+        cache = KVCache(CONFIG, fast.device, dtype, 2 * window + 64)
+        fast.encode([(cache, list(range(window - 1)))])
+        ids = iter(range(3, 3 + sum(counts)))
+        parts = [(part, [next(ids) for _ in range(n)]) for part, n in zip(cache.segments(counts), counts, strict=True)]
+        return torch.cat(fast.encode(parts))
+
+    monkeypatch.setattr(cpu, "_spans", looked)
+    known = hidden()
+    assert not looks
+    monkeypatch.setattr(EncodeAttend, "_view", lambda *args: view(*args)[:1])
+    assert torch.equal(hidden(), known) and len(looks) >= 3 * CONFIG.num_layers
 
 
 def test_weights_of_mixed_types_take_the_plain_way() -> None:

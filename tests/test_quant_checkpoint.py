@@ -29,6 +29,7 @@ from dgemma.train.recipe import ModelSection
 from dgemma.train.run import build_model
 
 NAMES = tuple(FORMATS)
+Capture = pytest.CaptureFixture[str]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LAYER = (
     "attention.q_proj.weight", "attention.k_proj.weight", "attention.o_proj.weight", "mlp.gate_proj.weight",
@@ -192,6 +193,25 @@ def test_the_command_reports_as_json(source: Path, tmp_path: Path, capsys: pytes
     assert (facts["format"], facts["group"], facts["quantised_weights"]) == ("int4wo", 32, len(SITES))
     assert facts["bytes_after"] == (out / WEIGHTS).stat().st_size < facts["bytes_before"]
     assert [one["text"] for one in facts["report"]] == ["encode", "denoise"] and facts["report"][0]["kl"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_info_tells_the_format(name: str, source: Path, folders: dict[str, Path], capsys: Capture) -> None:
+    """Its bytes are those of the tensors in the file; a plain checkpoint has none of it."""
+    assert main(["info", str(folders[name]), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["weights"]
+    packs = {f"{hf_name(site)}.{part}" for site in SITES for part in make_format(name).layout((64, 64))}
+    stored = {key: tensor.nbytes for key, tensor in load_file(folders[name] / WEIGHTS).items()}
+    packed = sum(size for key, size in stored.items() if key in packs)
+    assert (told["format"], told["group"]) == (name, make_format(name).group)
+    assert (told["quantised_weights"], told["quantised_bytes"]) == (len(SITES), packed)
+    assert told["plain_bytes"] == sum(stored.values()) - packed
+    assert main(["info", str(folders[name])]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert f" format {name} group {make_format(name).group or 'a row'} quantised weights {len(SITES)} " in words
+    assert main(["info", str(source), "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)["weights"]
+    assert plain["format"] == "plain" and "group" not in plain
 
 
 def test_the_command_in_a_pipe(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

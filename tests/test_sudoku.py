@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dgemma.api import LLM
+from dgemma.checkpoint.quantize import quantize_checkpoint
 from dgemma.errors import DataError, RequestError
 from dgemma.eval.sudoku import (
     AR,
@@ -30,6 +31,7 @@ from dgemma.eval.sudoku import (
     without_signal,
 )
 from dgemma.events import Committed, Draft, Finished
+from dgemma.quant import make_format
 from dgemma.train.sudoku.board import canonical, conflict, fault, parse, random_symmetry, show, solves
 from dgemma.train.sudoku.examples import BLANK, prompt_ids
 from dgemma.train.sudoku.puzzles import add_givens, minimal_puzzle
@@ -308,6 +310,16 @@ def test_self_conditioning_tells_the_second_step_about_the_first(
     settings = {"max_denoising_steps": 3}
     (told_,), (untold,) = (list(attempts(one, [made[0][0]], [0], **settings)) for one in (llm, without_signal(llm)))
     same = [bool((a == b).all()) for a, b in zip(told_.predicted, untold.predicted, strict=True)]
+    assert same[0] and not all(same)
+
+
+def test_the_signal_can_be_cut_off_a_quantised_model(tmp_path: Path, made: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    quantize_checkpoint("sudoku", tmp_path, make_format("int8wo"))
+    llm = LLM.load(tmp_path)
+    untold = without_signal(llm)
+    assert untold.engine.runner.dtype is llm.dtype
+    both = [next(attempts(one, [made[0][0]], [0], max_denoising_steps=3)).predicted for one in (llm, untold)]
+    same = [bool((a == b).all()) for a, b in zip(*both, strict=True)]
     assert same[0] and not all(same)
 
 

@@ -20,10 +20,10 @@ from dgemma.engine import Engine
 from dgemma.engine.attend import DenoiseAttend, EncodeAttend
 from dgemma.engine.batch import CanvasBatch
 from dgemma.kernels.native import Native
-from dgemma.model import fast
 from dgemma.model.attention import Attention
 from dgemma.model.backbone import SelfConditioning
 from dgemma.model.block import Block
+from dgemma.model.fast import FastExperts, FastGatedMLP, FastLayer, FastStack
 from dgemma.model.layers import Embedding, GatedMLP, RMSNorm
 from dgemma.model.moe import Experts, Router
 
@@ -42,16 +42,16 @@ _MODULES: tuple[tuple[type[nn.Module], str], ...] = (
     (RMSNorm, "norms"),
     (Block, "norms"),  # residual sums
 )
-_METHODS: tuple[tuple[type, str, str], ...] = (
+METHODS: tuple[tuple[type, str, str], ...] = (
     (DenoiseAttend, "__call__", "attention"),
     (EncodeAttend, "__call__", "attention"),
     (CanvasBatch, "__init__", "sampler"),
     (CanvasBatch, "draws", "sampler"),
     (CanvasBatch, "finish", "sampler"),
-    (fast.FastStack, "condition", "embedding"),
-    (fast._Layer, "__call__", "projections"),
-    (fast._GatedMLP, "__call__", "mlp"),
-    (fast._Experts, "__call__", "experts"),
+    (FastStack, "condition", "embedding"),
+    (FastLayer, "__call__", "projections"),
+    (FastGatedMLP, "__call__", "mlp"),
+    (FastExperts, "__call__", "experts"),
     (Native, "norm", "norms"),
     (Native, "heads", "norms"),  # of q, k and v, with the rotation
     (Native, "middle", "norms"),
@@ -109,7 +109,7 @@ def watching(engine: Engine, watch: Stopwatch) -> Iterator[None]:
     with ExitStack() as stack:
         for name in PASSES:
             stack.enter_context(replaced(runner, name, watch.wrap("rest", getattr(runner, name), name)))
-        for owner, name, part in ((engine, "tick", "python"), (kernels, "vocab", "vocabulary"), *_METHODS):
+        for owner, name, part in ((engine, "tick", "python"), (kernels, "vocab", "vocabulary"), *METHODS):
             stack.enter_context(replaced(owner, name, watch.wrap(part, getattr(owner, name))))
         for module in runner.model.modules():
             for kind, part in _MODULES:

@@ -5,16 +5,14 @@ not.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgemma.cli.arguments import add_generation, add_loading, settings_of
-from dgemma.cli.output import note, write, write_json
+from dgemma.cli.output import note, write
+from dgemma.cli.report import Outcome, Say, add_output, check_output, deliver, telling
 from dgemma.cli.running import load
 from dgemma.errors import DgemmaError, RequestError
 from dgemma.settings import OPTIONS
@@ -22,12 +20,11 @@ from dgemma.settings import OPTIONS
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from dgemma.api import LLM
+
 NAME = "bench"
 HELP = "measure speed and memory, beside transformers"
-_PIPE_WIDTH = 120
 _DTYPES = ("float32", "bfloat16", "float16")
-
-Say = Callable[[str], object]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,18 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for path in (getattr(arguments, "json", None), getattr(arguments, "plot", None)):
-        _check_place(path)
-    if getattr(arguments, "plot", None) and Path(arguments.plot).suffix.lower() != ".svg":
-        raise RequestError(f"--plot writes .svg, got {arguments.plot!r}")
-    arguments.job(arguments)
+    check_output(arguments)
+    outcome = arguments.job(arguments)
+    if outcome is not None:
+        deliver(arguments, outcome)
     return 0
 
 
-def _add_output(parser: argparse.ArgumentParser, plot: bool = False) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write everything measured; - is standard output, no table")
-    if plot:
-        parser.add_argument("--plot", metavar="FILE", help="write a chart (.svg)")
+def _measure(arguments: argparse.Namespace, measure: Callable[[LLM, Any, Say], Any], settings: Any) -> Any:
+    """A report of one model, from a benchmark that takes no generation parameters."""
+    # Some of its flags are called like a generation parameter and are none.
+    own = {name: value for name, value in vars(arguments).items() if name not in OPTIONS or not OPTIONS[name].field}
+    llm = load(settings_of(argparse.Namespace(**own)))
+    with telling() as say:
+        return measure(llm, settings, say)
 
 
 def _add_shape(parser: argparse.ArgumentParser, steps: int) -> None:
@@ -75,7 +74,7 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tuned", action="store_true", help="and at medium with a tuned allocator, in a process of its own"
     )
-    _add_output(parser, plot=True)
+    add_output(parser, plot=True)
     add_loading(parser, but=("threads",))
     parser.add_argument("--dtypes", type=_words, metavar="T,T", help="measure with several types of weights")
     parser.add_argument(
@@ -88,7 +87,7 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     add_generation(parser)
 
 
-def _decode(arguments: argparse.Namespace) -> None:
+def _decode(arguments: argparse.Namespace) -> Outcome:
     from dgemma.bench.decode import KINDS, DecodeSettings, run_decode
     from dgemma.bench.report import overview, plot, tables
     from dgemma.bench.results import suite_json
@@ -114,29 +113,26 @@ def _decode(arguments: argparse.Namespace) -> None:
             raise RequestError(f"dtypes must be some of {', '.join(_DTYPES)}; got {dtype!r}")
     chosen = settings_of(arguments)
     reports = []
-    with _telling() as say:
+    with telling() as say:
         for dtype in arguments.dtypes or (chosen.dtype,):
             for threads in arguments.thread_counts or (chosen.threads,):
                 llm = load(replace(chosen, dtype=dtype, threads=threads))
                 reports.append(run_decode(llm, settings, chosen.generation, say))
                 del llm
-    parts: list[RenderableType] = []
-    for report in reports:
-        parts += [*tables(report), ""]
-    _deliver(arguments, suite_json(reports), [*parts[:-1], *(["", *overview(reports)] if len(reports) > 1 else [])])
-    if arguments.plot:
-        _save(arguments.plot, plot(*reports))
+    parts: list[RenderableType] = [part for report in reports for part in (*tables(report), "")]
+    more = list(overview(reports))
+    return Outcome(suite_json(reports), [*parts, *more] if more else parts[:-1], lambda: plot(*reports))
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
     _add_shape(parser, 8)
     parser.add_argument("--repeats", type=int, default=3, metavar="R", help="canvases (3)")
     parser.add_argument("--ops", action="store_true", help="show every op of the floors, too")
-    _add_output(parser)
+    add_output(parser)
     add_loading(parser)
 
 
-def _kernels(arguments: argparse.Namespace) -> None:
+def _kernels(arguments: argparse.Namespace) -> Outcome:
     from dgemma.bench.charts import kernels_tables
     from dgemma.bench.kernels import KernelsSettings, run_kernels
 
@@ -146,10 +142,8 @@ def _kernels(arguments: argparse.Namespace) -> None:
         prompt_tokens=arguments.prompt_tokens,
         canvas=arguments.canvas_length,
     )
-    llm = load(settings_of(_without_generation(arguments)))
-    with _telling() as say:
-        report = run_kernels(llm, settings, say)
-    _deliver(arguments, report.json(), kernels_tables(report, arguments.ops))
+    report = _measure(arguments, run_kernels, settings)
+    return Outcome(report.json(), kernels_tables(report, arguments.ops))
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
@@ -158,11 +152,11 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-peer", action="store_true", help="measure dgemma alone")
     parser.add_argument("--peer-model", metavar="FOLDER", help="what transformers loads, if it cannot read the model")
     parser.add_argument("--tuned", action="store_true", help="transformers with a tuned allocator, too")
-    _add_output(parser)
+    add_output(parser)
     add_loading(parser)
 
 
-def _memory(arguments: argparse.Namespace) -> None:
+def _memory(arguments: argparse.Namespace) -> Outcome:
     from dgemma.bench.charts import memory_tables
     from dgemma.bench.memory import MemorySettings, run_memory
 
@@ -175,10 +169,8 @@ def _memory(arguments: argparse.Namespace) -> None:
         peer_model=arguments.peer_model,
         tuned=arguments.tuned,
     )
-    llm = load(settings_of(_without_generation(arguments)))
-    with _telling() as say:
-        report = run_memory(llm, settings, say)
-    _deliver(arguments, report.json(), memory_tables(report))
+    report = _measure(arguments, run_memory, settings)
+    return Outcome(report.json(), memory_tables(report))
 
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
@@ -196,11 +188,11 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=_numbers, metavar="N,N", help="tokens of an answer")
     parser.add_argument("--vocabularies", type=_numbers, metavar="N,N", help="vocabulary sizes, of random models")
     parser.add_argument("--narrow-width", type=int, default=32, metavar="N", help="positions of a narrow canvas (32)")
-    _add_output(parser, plot=True)
+    add_output(parser, plot=True)
     add_loading(parser)
 
 
-def _scaling(arguments: argparse.Namespace) -> None:
+def _scaling(arguments: argparse.Namespace) -> Outcome:
     from dgemma.bench.charts import scaling_plot, scaling_tables
     from dgemma.bench.scaling import ScalingSettings, run_scaling
 
@@ -216,32 +208,28 @@ def _scaling(arguments: argparse.Namespace) -> None:
         steps=arguments.fixed_steps,
         repeats=arguments.repeats,
     )
-    llm = load(settings_of(_without_generation(arguments)))
-    with _telling() as say:
-        report = run_scaling(llm, settings, say)
-    _deliver(arguments, report.json(), scaling_tables(report))
-    if arguments.plot:
-        _save(arguments.plot, scaling_plot(report))
+    report = _measure(arguments, run_scaling, settings)
+    return Outcome(report.json(), scaling_tables(report), lambda: scaling_plot(report))
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, metavar="R", help="starts after a first one (3)")
-    _add_output(parser)
+    add_output(parser)
     add_loading(parser, but=("device",))
 
 
-def _start(arguments: argparse.Namespace) -> None:
+def _start(arguments: argparse.Namespace) -> Outcome:
     from dgemma.bench.start import run_start
 
     chosen = settings_of(arguments)
-    with _telling() as say:
+    with telling() as say:
         report = run_start(chosen.model, chosen.dtype, chosen.threads or 1, arguments.repeats, say)
     text = (
         f"{report.model}, {report.threads} threads, seconds since the start of the process: imports "
         f"{report.imported:.2f}, loaded {report.loaded:.2f}, first draft {report.first_draft:.2f} (median of "
         f"{report.starts}; the very first start {report.first_start:.2f})"
     )
-    _deliver(arguments, report.json(), [text])
+    return Outcome(report.json(), [text])
 
 
 def _add_make(parser: argparse.ArgumentParser) -> None:
@@ -291,7 +279,7 @@ def _table(arguments: argparse.Namespace) -> None:
 
 
 _Add = Callable[[argparse.ArgumentParser], None]
-_Job = Callable[[argparse.Namespace], None]
+_Job = Callable[[argparse.Namespace], Outcome | None]
 _BENCHMARKS: tuple[tuple[str, str, str, _Add, _Job], ...] = (
     (
         "decode", "tokens per second, milliseconds per step and the share of this machine's floor",
@@ -332,57 +320,3 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1 with commas between, got {text!r}")
     return numbers
-
-
-def _without_generation(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Some benchmarks have flags that are called like a generation parameter and are none."""
-    kept = {name: value for name, value in vars(arguments).items() if name not in OPTIONS or not OPTIONS[name].field}
-    return argparse.Namespace(**kept)
-
-
-def _deliver(arguments: argparse.Namespace, data: Any, parts: Iterable[RenderableType]) -> None:
-    """JSON, tables, or both."""
-    if arguments.json == "-":
-        write_json(data)
-        return
-    _show(parts)
-    if arguments.json:
-        _save(arguments.json, json.dumps(data, indent=1) + "\n")
-
-
-def _check_place(path: str | None) -> None:
-    """Before minutes of work: is there a folder to write to?"""
-    if path and path != "-" and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise RequestError(f"{path!r} cannot be written: it is a folder, or its folder does not exist")
-
-
-def _save(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{path!r} cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _telling() -> Iterator[Say]:
-    """A line in the terminal that says what is going on; nothing in a pipe."""
-    if not sys.stdout.isatty():
-        yield lambda text: None
-        return
-    from dgemma.cli.terminal import console
-
-    with console().status("") as status:
-        yield status.update
-
-
-def _show(parts: Iterable[RenderableType]) -> None:
-    from dgemma.cli.terminal import console, plain, printable
-
-    screen = console()
-    if not screen.is_terminal:
-        screen.width = _PIPE_WIDTH
-    with screen.capture() as capture:
-        for part in parts:
-            screen.print(part)
-    text = capture.get()
-    write(text if screen.is_terminal else plain(screen, printable(text)))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dgemma.cli.arguments import settings_of
 from dgemma.cli.output import write, write_json
 from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dgemma.checkpoint.files import Entry
+    from dgemma.quant import WeightFormat
 
 NAME = "info"
 HELP = "what a model is: shape, size, settings, files"
@@ -52,7 +57,7 @@ def describe(model: str) -> dict[str, Any]:
         "folder": str(folder),
         "shape": _shape(config),
         "parameters": _parameters(config),
-        "weights": _weights(folder),
+        "weights": _weights(folder, config),
         "generation": _generation(generation, config),
         "tokenizer": _tokenizer(folder),
         "card": _card(folder / "README.md"),
@@ -112,16 +117,41 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def _weights(folder: Path) -> dict[str, Any]:
-    from dgemma.checkpoint.files import read_headers
+def _weights(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Of tensors as they are stored; `bytes` are those of the files, headers included."""
+    from dgemma.checkpoint.files import CONFIG, read_headers, read_json
+    from dgemma.checkpoint.quantized import format_of
 
     try:
         entries = read_headers(folder)
+        weight_format = format_of(read_json(folder / CONFIG), folder)
+        packed = {} if weight_format is None else _packed(entries, config, weight_format)
     except CheckpointError as error:
         return {"problem": str(error)}
     types = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries.values()})
     size = sum(path.stat().st_size for path in {entry.file for entry in entries.values()})
-    return {"tensors": len(entries), "dtype": ", ".join(types), "bytes": size}
+    name = "plain" if weight_format is None else weight_format.name
+    return {"tensors": len(entries), "dtype": ", ".join(types), "bytes": size, "format": name} | packed
+
+
+def _packed(entries: Mapping[str, Entry], config: ModelConfig, weight_format: WeightFormat) -> dict[str, Any]:
+    """`group` columns share a scale (None: a whole row); what is quantised, and the bytes of it and of the rest."""
+    from dgemma.checkpoint.load import empty_model
+    from dgemma.checkpoint.names import our_name
+    from dgemma.checkpoint.quantized import split_packs
+
+    packs, plain = split_packs(entries, empty_model(config), weight_format, our_name)
+    parts = [entry for pack in packs.values() for _, entry in pack.parts.values()]
+    return {
+        "group": weight_format.group,
+        "quantised_weights": len(packs),
+        "quantised_bytes": sum(map(_nbytes, parts)),
+        "plain_bytes": sum(map(_nbytes, plain.values())),
+    }
+
+
+def _nbytes(entry: Entry) -> int:
+    return entry.dtype.itemsize * math.prod(entry.shape)
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
@@ -154,7 +184,9 @@ def _card(path: Path) -> str:
 
 def _sections(facts: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     files = [(name, human_bytes(size)) for name, size in facts["files"].items()]
-    weights = {name: human_bytes(v) if name == "bytes" else v for name, v in facts["weights"].items()}
+    weights = {name: human_bytes(v) if name.endswith("bytes") else v for name, v in facts["weights"].items()}
+    if "group" in weights:
+        weights["group"] = weights["group"] or "a row"
     parameters = {name: f"{value:,} ({human_count(value)})" for name, value in facts["parameters"].items()}
     sections = [
         (f"{facts['name']} ({facts['folder']})", [(line, "") for line in facts["card"].splitlines()]),

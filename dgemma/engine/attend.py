@@ -31,26 +31,29 @@ class EncodeAttend:
     def __init__(self, config: ModelConfig, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
         self._config = config
         self._segments = list(zip(caches, spans(counts), strict=True))
-        self._masks: dict[tuple[int, int, bool], Tensor | None] = {}
+        self._views: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sliding = self._config.layers[layer].kind == "sliding"
         out = []
         for cache, span in self._segments:
             keys, values = cache.append(layer, k[span], v[span])
-            mask = self._mask(span.stop - span.start, keys.shape[0], sliding, q.device)
-            out.append(kernels.attention(q[span], keys, values, mask))
+            view = self._view(span.stop - span.start, keys.shape[0], sliding, q.device)
+            out.append(kernels.attention(q[span], keys, values, *view))
         return torch.cat(out)
 
-    def _mask(self, queries: int, keys: int, sliding: bool, device: torch.device) -> Tensor | None:
-        """The last `queries` of `keys` positions ask; None where every one may see every key."""
+    def _view(self, queries: int, keys: int, sliding: bool, device: torch.device) -> tuple[Tensor, ...]:
+        """What the last `queries` of `keys` positions see: the mask and, for the CPU's op, the same as spans.
+
+        Nothing where the one query sees every key. All layers of a kind share it.
+        """
         key = (queries, keys, sliding)
-        if queries > 1 and key not in self._masks:
-            q = torch.arange(keys - queries, keys, device=device)[:, None]
-            k = torch.arange(keys, device=device)
-            mask = k <= q
-            self._masks[key] = mask & (k > q - self._config.sliding_window) if sliding else mask
-        return self._masks.get(key)
+        if queries > 1 and key not in self._views:
+            q, k = torch.arange(keys - queries, keys, device=device), torch.arange(keys, device=device)
+            first = (q + 1 - self._config.sliding_window).clamp(min=0) if sliding else torch.zeros_like(q)
+            mask = (first[:, None] <= k) & (k <= q[:, None])
+            self._views[key] = (mask, torch.stack([first, q + 1], dim=1)) if device.type == "cpu" else (mask,)
+        return self._views.get(key, ())
 
 
 class DenoiseAttend:

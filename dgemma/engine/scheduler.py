@@ -22,11 +22,13 @@ def plan_denoise(states: Iterable[State], model: ModelConfig, config: EngineConf
 
 
 def chunk(state: State, config: EngineConfig) -> int:
-    """Tokens of a request that one pass encodes: its own matter, so that batching changes no bits.
+    """Tokens of a request that one pass encodes: its own matter, so that batching changes no bits."""
+    return min(state.pending, whole_chunk(config))
 
-    A pass over whole blocks ends with one: `encode_chunk`, rounded down.
-    """
-    return min(state.pending, config.encode_chunk - config.encode_chunk % config.block)
+
+def whole_chunk(config: EngineConfig) -> int:
+    """Tokens of a request that a pass takes at most: `encode_chunk`, rounded down to end with a whole block."""
+    return config.encode_chunk - config.encode_chunk % config.block
 
 
 def parts(state: State, config: EngineConfig) -> list[int]:
@@ -37,10 +39,13 @@ def parts(state: State, config: EngineConfig) -> list[int]:
     queries or keys in one call may change last bits.
     """
     count = chunk(state, config)
-    if state.whole != state.cache.length:
-        return [count]
-    whole, rest = divmod(count, config.block)
-    return [config.block] * whole + [rest] * (rest > 0)
+    return cut(count, config.block) if state.whole == state.cache.length else [count]
+
+
+def cut(count: int, block: int) -> list[int]:
+    """Whole blocks, then what is left."""
+    whole, rest = divmod(count, block)
+    return [block] * whole + [rest] * (rest > 0)
 
 
 def _fill(states: list[State], size: Callable[[State], int], config: EngineConfig) -> list[State]:

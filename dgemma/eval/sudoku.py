@@ -216,5 +216,6 @@ def score(tried: Sequence[Attempt], solutions: np.ndarray) -> dict[str, Any]:
 def without_signal(llm: LLM) -> LLM:
     """The same weights with self-conditioning cut off: what a step predicts, the next one is not told."""
     checkpoint = load_checkpoint(llm.folder, device=llm.device, dtype=llm.dtype)
-    torch.nn.init.zeros_(checkpoint.model.self_conditioning.mlp.down_proj.weight)
+    down = checkpoint.model.self_conditioning.mlp.down_proj
+    down.restore(torch.zeros(down.out_features, down.in_features, dtype=llm.dtype, device=llm.device))
     return LLM(checkpoint)

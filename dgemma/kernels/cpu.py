@@ -38,17 +38,19 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return (out[:1] if single else out).view(*x.shape[:-1], weight.shape[0])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
     """`reference.attention`, compiled where it can be; else one key head at a time, its query heads as rows.
 
     A query's result depends neither on the other queries of the pass nor on masked keys behind its own; the fused
-    op of torch (no faster here) promises neither.
+    op of torch (no faster here) promises neither. `spans [T, 2]` int64, first and one past the last key of each query,
+    says what `mask` says; whoever knows them spares the search for them in the mask.
     """
     if q.dtype not in (torch.float32, torch.bfloat16) or q.dim() != 3 or _tracked(q, k, v):
         return reference.attention(q, k, v, mask)
     compiled = native.load()
     if compiled is not None and compiled.multiplies(q.dtype, q.shape[-1]):
-        spans = None if mask is None else _spans(mask)
+        if spans is None and mask is not None:
+            spans = _spans(mask)
         if mask is None or spans is not None:
             return compiled.attention(q, k, v, spans)
     tokens, heads, dim = q.shape

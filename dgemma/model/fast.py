@@ -1,5 +1,8 @@
 """The layer stack for inference on a CPU: packed weights, one product for q, k and v, and the compiled row ops between
 the products. Same formulas as `block`, `attention` and `moe`, which remain the specification; no gradients.
+
+The public classes are where the parts of a step meet: each is called once a layer and pass, so whoever asks where the
+time goes (`bench`) may put a stopwatch around them.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dgemma.kernels.cpu_vocab import PackedHead
 from dgemma.kernels.matrix import Matrix, RoundingMatrix
 from dgemma.kernels.native import Native
 from dgemma.kernels.packed import Packed
+from dgemma.kernels.pages import give_back
 from dgemma.model.attention import Attend
 from dgemma.model.backbone import DiffusionGemma
 from dgemma.model.block import Block
@@ -30,9 +34,9 @@ class FastStack:
         blocks: list[Block] = list(model.layers)  # type: ignore[arg-type]
         following = [*(block.input_norm.weight for block in blocks[1:]), model.norm.weight]
         self._first_norm = blocks[0].input_norm.weight
-        self._layers = [_Layer(block, after, native) for block, after in zip(blocks, following, strict=True)]
+        self._layers = [FastLayer(block, after, native) for block, after in zip(blocks, following, strict=True)]
         self._signal_norm = model.self_conditioning.pre_norm.weight
-        self._signal = _GatedMLP(model.self_conditioning.mlp, native)
+        self._signal = FastGatedMLP(model.self_conditioning.mlp, native)
         embed = model.embed.weight
         self.head = PackedHead(embed) if embed.numel() <= _SMALL else embed
         """What `kernels.vocab` takes for the embedding."""
@@ -51,7 +55,9 @@ class FastStack:
         return self._native.norm(embedded, None, self._eps)
 
 
-class _Layer:
+class FastLayer:
+    """One block. What it calls is `Native`'s, an `Attend`'s, and the two classes below."""
+
     def __init__(self, block: Block, following: Tensor, native: Native) -> None:
         self._native, self._following = native, following
         attention = block.attention
@@ -61,11 +67,11 @@ class _Layer:
         self._has_v = attention.v_proj is not None
         parts = [attention.q_proj, attention.k_proj, *([attention.v_proj] if attention.v_proj is not None else [])]
         self._qkv, self._out = _beside(parts), _matrix(attention.o_proj)
-        self._mlp = _GatedMLP(block.mlp, native)
+        self._mlp = FastGatedMLP(block.mlp, native)
         self._post_attention, self._pre_mlp = block.post_attention_norm.weight, block.pre_mlp_norm.weight
         self._post = block.post_norm.weight
         self._scalars = {name: getattr(block, name) for name in ("encoder_scalar", "decoder_scalar")}
-        self._moe = _Experts(block, native) if block.moe else None
+        self._moe = FastExperts(block, native) if block.moe else None
         self._post_mlp = self._post_experts = self._pre_experts = self._route_scale = None
         if block.moe:
             self._post_mlp, self._post_experts = block.post_mlp_norm.weight, block.post_experts_norm.weight
@@ -88,7 +94,9 @@ class _Layer:
         return native.close(x, dense, mixed, norms, self._scalars[scalar], self._following, eps)
 
 
-class _GatedMLP:
+class FastGatedMLP:
+    """`GatedMLP`, gate and up in one product."""
+
     def __init__(self, mlp: GatedMLP, native: Native) -> None:
         self._native = native
         self._gate_up, self._down = _beside([mlp.gate_proj, mlp.up_proj]), _matrix(mlp.down_proj)
@@ -97,7 +105,9 @@ class _GatedMLP:
         return self._down(self._native.geglu(self._gate_up(x)))
 
 
-class _Experts:
+class FastExperts:
+    """Router and experts of a block: `route` and the weighted sum."""
+
     def __init__(self, block: Block, native: Native) -> None:
         self._native, self._top_k = native, block.router.top_k
         self._router, self._scale = _matrix(block.router.proj), block.router.per_expert_scale
@@ -105,6 +115,7 @@ class _Experts:
         if experts.matrices is None:
             self._gate_up: Sequence[Matrix] = [Packed(weight) for weight in experts.gate_up_proj]
             self._down: Sequence[Matrix] = [Packed(weight) for weight in experts.down_proj]
+            _rest([experts.gate_up_proj, experts.down_proj])
         else:
             self._gate_up, self._down = experts.matrices
         # All experts in one call, where their products are the compiled ones.
@@ -146,10 +157,23 @@ class _Beside:
 
 
 def _matrix(linear: Linear) -> Matrix:
-    return Packed(linear.weight) if linear.matrix is None else linear.matrix
+    return _packed([linear]) if linear.matrix is None else linear.matrix
 
 
 def _beside(linears: Sequence[Linear]) -> Matrix | _Beside:
     if all(linear.matrix is None for linear in linears):
-        return Packed(torch.cat([linear.weight for linear in linears]))
+        return _packed(linears)
     return _Beside([_matrix(linear) for linear in linears])
+
+
+def _packed(linears: Sequence[Linear]) -> Matrix:
+    weights = [linear.weight for linear in linears]
+    packed = Packed(weights[0] if len(weights) == 1 else torch.cat(weights))
+    _rest(weights)
+    return packed
+
+
+def _rest(weights: Sequence[Tensor]) -> None:
+    """What was packed stays a weight of the model (to save, to train), but need not stay in memory."""
+    for weight in weights:
+        give_back(weight.detach())

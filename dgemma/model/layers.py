@@ -39,6 +39,12 @@ class Linear(nn.Linear):
         self.matrix = matrix
         self.register_parameter("weight", None)
 
+    def restore(self, weight: Tensor) -> None:
+        """Multiply by a plain `weight [out, in]` from now on, whatever stood here."""
+        assert weight.shape == (self.out_features, self.in_features)
+        self.matrix = None
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
 
 class Embedding(nn.Embedding):
     """Token embedding times sqrt(H); the factor is rounded to the weight's type (53.066 becomes 53.0 in bfloat16)."""
