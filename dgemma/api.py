@@ -21,7 +21,7 @@ from dgemma.engine import Engine, Request, Worker, token_logprobs, validate
 from dgemma.engine.request import is_approximate
 from dgemma.engine.streams import AsyncStream, Stream, Submitted
 from dgemma.errors import ConfigError, RequestError
-from dgemma.events import Committed, Event, Finished
+from dgemma.events import Committed, Event, Finished, Scored
 from dgemma.text.chat import ChatTemplate
 from dgemma.text.tokenizer import Tokenizer
 
@@ -40,6 +40,20 @@ _ENGINE = EngineConfig()
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """One token of an answer and its log-probabilities in nats: `logprob` is the encoder's, given all before it;
+    `canvas_logprob` the denoiser's in the canvas's last step (None in mode "ar"); see `events.Scored`.
+
+    `top` are the most likely tokens at its place with the encoder's log-probabilities, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    canvas_logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Generation:
     """A finished answer.
 
@@ -49,7 +63,8 @@ class Generation:
     ("ar",). `tokens_per_forward` divides by denoising steps and passes that encode committed tokens; the
     prompt's pass counts only in mode "ar", where it gives the first token. `seconds` is wall time, waiting in
     the queue included. `cached_tokens` of the prompt had been encoded by earlier requests. `approximate` tells that
-    some canvas may have a width that the checkpoint does not say it was trained with.
+    some canvas may have a width that the checkpoint does not say it was trained with. `logprobs` has an entry a token,
+    or is None if they were not asked for; they take one more pass, which counts.
     """
 
     text: str
@@ -65,6 +80,7 @@ class Generation:
     model: str
     cached_tokens: int
     approximate: bool
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,17 +146,27 @@ class LLM:
         ids = self.tokenizer.encode(self.chat_template.render(messages, **template))
         return ids if ids[:1] == [self.tokenizer.bos] else [self.tokenizer.bos, *ids]
 
-    def request(self, prompt: Prompt, *, watch: bool = False, reuse: bool = True, **overrides: Any) -> Request:
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        watch: bool = False,
+        reuse: bool = True,
+        logprobs: int | None = None,
+        **overrides: Any,
+    ) -> Request:
         """A checked request for the engine: `overrides` over the checkpoint's generation settings.
 
         `reuse=False` encodes the whole prompt, whatever other requests have encoded; the answer is the same.
+        `logprobs=k` gives the log-probabilities of every token and of the k most likely ones at its place (0 to 20).
         """
         if "steps" in overrides:
             if "max_denoising_steps" in overrides:
                 raise RequestError("steps is another name of max_denoising_steps; give one of them")
             overrides["max_denoising_steps"] = overrides.pop("steps")
         ids = tuple(self.encode_prompt(prompt) if isinstance(prompt, str) else _ids(prompt))
-        request = Request(prompt=ids, config=self.generation.with_(**overrides), watch=watch, reuse=reuse)
+        config = self.generation.with_(**overrides)
+        request = Request(prompt=ids, config=config, watch=watch, reuse=reuse, logprobs=logprobs)
         validate(request, self.config)
         return request
 
@@ -154,14 +180,15 @@ class LLM:
         """Complete a prompt (text or token ids), or each of a list of prompts, as one batch.
 
         `overrides` are fields of `GenerationConfig` (`seed=`, `max_new_tokens=`, `sampler=`, `mode=`, ...),
-        taken over the checkpoint's own; `steps=` is short for `max_denoising_steps=`.
+        taken over the checkpoint's own; `steps=` is short for `max_denoising_steps=`. `logprobs=k`: see `request`.
         """
         many = _is_batch(prompt)
         answers = self._answers([self.request(one, **overrides) for one in (prompt if many else [prompt])])
         return answers if many else answers[0]
 
     def stream(self, prompt: Prompt, **overrides: Any) -> Iterator[Event]:
-        """The events of one completion: a `Draft` per step, `Committed` per canvas (or token), `Finished`.
+        """The events of one completion: a `Draft` per step, `Committed` per canvas (or token), `Finished`; with
+        `logprobs=k` also a `Scored` after each `Committed`.
 
         A wrong request raises here, before iterating. Leaving the loop early aborts the request.
         """
@@ -245,7 +272,21 @@ class LLM:
             model=self.name,
             cached_tokens=end.cached_tokens,
             approximate=is_approximate(config, self.config),
+            logprobs=None if stream.request.logprobs is None else _token_logprobs(ids, events),
         )
+
+
+def _token_logprobs(ids: Sequence[int], events: Sequence[Event]) -> tuple[TokenLogprob, ...]:
+    scored = [event for event in events if isinstance(event, Scored)]
+    told = [
+        (logprob, marginal, top)
+        for event in scored
+        for logprob, marginal, top in zip(
+            event.logprobs, event.canvas_logprobs or [None] * len(event.logprobs), event.top, strict=True
+        )
+    ]
+    # An answer that was aborted may lack the last ones.
+    return tuple(TokenLogprob(token, *values) for token, values in zip(ids, told, strict=False))
 
 
 def _device(name: str) -> torch.device:

@@ -43,6 +43,24 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probabilities in nats of the tokens of the `Committed` with the same `canvas`; only for who asked.
+
+    Comes after it, before the next `Committed` and before `Finished`; an aborted request may lack the last one.
+    """
+
+    request: int
+    canvas: int
+    logprobs: tuple[float, ...]
+    """Of each token, by the encoder at temperature 1, with nothing that shapes the draw: exact."""
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    """At each token's place the most likely tokens, as many as were asked for, the same way; ties by the lowest id."""
+    canvas_logprobs: tuple[float, ...]
+    """Of each token, by the denoiser in its canvas's last step, at temperature 1: of its own position alone, given a
+    canvas that was not final. Empty in autoregressive mode. Not to be mixed with the encoder's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The end of a request. `reason` is `"stop"` (end token), `"length"` (budget) or `"abort"`."""
 
@@ -57,4 +75,4 @@ class Finished:
     """Passes that encoded committed tokens; the prompt's own are not counted."""
 
 
-Event = Draft | Committed | Finished
+Event = Draft | Committed | Scored | Finished

@@ -18,7 +18,7 @@ from dgemma.config import GenerationConfig
 from dgemma.errors import ConfigError, RequestError
 
 PREFIX = "DGEMMA_"
-_READ_ELSEWHERE = frozenset({"CONFIG", "PROMPT", "REPORT"})  # the file's place; for `make run`; for a test
+_READ_ELSEWHERE = frozenset({"API_KEYS", "CONFIG", "PROMPT", "REPORT"})  # server; file; `make run`; a test
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ GENERATION = (
     Option("t_min", float, "temperature that the last step comes close to", "t_min"),
     Option("temperature", float, "scales the draw only; 0 draws the most likely token", "temperature"),
     Option("top_k", int, "draw from the k most likely tokens; 0 is all", "top_k"),
-    Option("top_p", float, "draw from the most likely tokens of this total probability", "top_p"),
+    Option("top_p", float, "only the most likely tokens of this total probability (slower)", "top_p"),
+    Option("presence_penalty", float, "taken from the logits of tokens that the answer has", "presence_penalty"),
+    Option("frequency_penalty", float, "the same, as often as it has them", "frequency_penalty"),
     Option(
         "stability_threshold", int, "steps without change before a canvas may stop", "stability_threshold",
         nullable=True,

@@ -40,7 +40,7 @@ def test_flag_over_environment_over_file(tmp_path: Path) -> None:
 
 
 def test_every_option_is_a_field_and_every_field_an_option() -> None:
-    left_out = {"choice", "stop_tokens", "pad_token"}
+    left_out = {"choice", "stop_tokens", "pad_token", "logit_bias"}
     assert {option.field for option in GENERATION} == {f.name for f in fields(GenerationConfig)} - left_out
     assert not set(OPTIONS) & {"config", "prompt"}
 

@@ -99,7 +99,8 @@ def test_a_full_engine_says_so() -> None:
         ((3,) * 500, {"max_new_tokens": 13, "mode": "ar"}, "need 513 positions"),
         ((3,), {"canvas_length": 257}, "canvas_length must be at most 256 for this model, got 257"),
         ((3,), {"sampler": "gibbs"}, "unknown sampler 'gibbs'; known: entropy_bound"),
-        ((3,), {"top_p": 0.5}, "top_p works in mode 'ar' only"),
+        ((3,), {"logit_bias": {VOCAB: 1.0}}, r"logit_bias names token 128; .* ids 0\.\.127"),
+        ((3,), {"logit_bias": dict.fromkeys(range(VOCAB), -100)}, "logit_bias bans all 128 tokens"),
     ],
 )
 def test_wrong_requests_name_what_is_allowed(ids: tuple[int, ...], changes: dict[str, object], message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -93,3 +95,28 @@ def test_log_probabilities_equal_a_full_pass(chunk: int, given: int) -> None:
     got = token_logprobs(engine, ids, given)
     assert got == pytest.approx([float(expected[i - 1, ids[i]]) for i in range(given, 30)], abs=1e-5)
     assert engine.counters.encoded_tokens == 29
+
+
+@pytest.mark.parametrize(("chunk", "length"), [(512, 100), (72, 100), (64, 64), (20, 50)])
+def test_log_probabilities_are_of_the_states_that_the_engine_has(
+    chunk: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same cuts, the same bits: in float32, where a pass of another length may round otherwise."""
+    engine = Engine(tiny_model(), EngineConfig(prefix_cache_tokens=0, encode_chunk=chunk))
+    encode, passes = engine.runner.encode, []
+
+    def seen(jobs: list[tuple[Any, Sequence[int]]]) -> list[torch.Tensor]:
+        starts = [cache.length for cache, _ in jobs]
+        hidden = encode(jobs)
+        passes.append((starts, hidden))
+        return hidden
+
+    monkeypatch.setattr(engine.runner, "encode", seen)
+    ids = [*prompt(length), 7]
+    run(engine, [Request(prompt=tuple(ids[:-1]), config=config(mode="ar", max_new_tokens=1))])
+    own, passes = passes, []
+    token_logprobs(engine, ids, 1)
+    assert [starts for starts, _ in passes] == [starts for starts, _ in own]
+    assert sum(len(starts) for starts, _ in own) > 1
+    for (_, mine), (_, wanted) in zip(passes, own, strict=True):
+        assert all(map(torch.equal, mine, wanted))

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dgemma import kernels
 from dgemma.api import LLM
 from dgemma.checkpoint import hf_name, load_checkpoint, save_checkpoint
 from dgemma.checkpoint.quantize import quantize_checkpoint
@@ -61,6 +62,27 @@ def matrices(module: torch.nn.Module, leaf: str) -> list[Any]:
         return list(module.matrices[leaf == "down_proj"])
     assert isinstance(module, Linear)
     return [module.matrix]
+
+
+def test_the_head_may_be_quantised_too(source: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The file holds the same tensors; logits are products with codes, in a pass and in the vocabulary op alike."""
+    quantize_checkpoint(source, tmp_path / "head", make_format("int8dyn", head=True))
+    plain, loaded = load_checkpoint(folders["int8dyn"]), load_checkpoint(tmp_path / "head")
+    assert loaded.format == make_format("int8dyn", head=True) != plain.format
+    assert (tmp_path / "head" / WEIGHTS).read_bytes() == (folders["int8dyn"] / WEIGHTS).read_bytes()
+    hidden = torch.randn(3, loaded.config.hidden_size, dtype=loaded.model.embed.weight.dtype)
+    kind = make_format("int8dyn")
+    embed = loaded.model.embed.weight
+    want = kind.matrix(kind.quantize(embed), (embed.shape[0], embed.shape[1]))(hidden).float()
+    cap = loaded.config.softcap
+    assert torch.allclose(loaded.model.logits(hidden), torch.tanh(want / cap) * cap, atol=1e-6)
+    assert not torch.allclose(loaded.model.logits(hidden), plain.model.logits(hidden), atol=1e-6)
+    runner = LLM(loaded).engine.runner
+    uniforms = torch.full((3, 1), 0.5, dtype=torch.float64)
+    stats = kernels.vocab(hidden, runner._head, cap, torch.ones(3), uniforms)
+    assert torch.allclose(stats.top_logprob, loaded.model.logits(hidden).log_softmax(-1).amax(-1), atol=1e-4)
+    with pytest.raises(ConfigError, match="head"):
+        make_format("int8wo", head=True)
 
 
 # -- what is written and loaded -------------------------------------------------------------

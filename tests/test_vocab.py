@@ -11,18 +11,13 @@ from chance import SURE, fits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from vocab_kit import CAP, example, run, uniforms
 
 from dgemma import kernels
 from dgemma.kernels import DRAW_BLOCK, reference
-from dgemma.kernels.random import Stream, uniform
-from dgemma.kernels.reference import VocabStats, categorical, vocab
+from dgemma.kernels.reference import categorical
 
 ALMOST_ONE = 1 - 2.0**-53
-CAP = 30.0
-
-
-def uniforms(rows: int, size: int, seed: int = 0, block: int = DRAW_BLOCK) -> Tensor:
-    return uniform(Stream.DRAW, seed, torch.arange(rows)[:, None], torch.arange(-(-size // block)))
 
 
 def counts(logits: Tensor, number: int, block: int = DRAW_BLOCK, chunk: int = 4096) -> Tensor:
@@ -117,18 +112,6 @@ def test_a_constant_added_to_the_logits_changes_no_draw() -> None:
 
 
 # -- statistics ----------------------------------------------------------------------
-
-
-def example(rows: int = 96, size: int = 1500, hidden: int = 24, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(5)
-    embed = torch.randn(size, hidden, generator=random)
-    states = torch.randn(rows, hidden, generator=random) * torch.linspace(0.01, scale, rows)[:, None]
-    return states, embed, torch.linspace(0.4, 0.8, rows)
-
-
-def run(states: Tensor, embed: Tensor, temperature: Tensor, **options: Tensor) -> VocabStats:
-    noise = options.pop("noise", uniforms(len(states), len(embed)))
-    return vocab(states, embed, CAP, temperature, noise, **options)
 
 
 def test_statistics_equal_float64() -> None:

@@ -27,7 +27,10 @@ class KVCache:
     happened: an interrupted pass may be run again. Denoising only calls `prefix`.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype, slack: int) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device, dtype: torch.dtype, slack: int, most: int | None = None
+    ) -> None:
+        """`most`: no more tokens than this are expected, so buffers do not grow beyond it for the sake of growth."""
         assert slack >= 1
         self.length = 0
         self.slack = slack
@@ -36,6 +39,7 @@ class KVCache:
             _Layer(
                 self._window - 1 + slack if layer.kind == "sliding" else None,
                 torch.empty(0, layer.num_kv_heads, layer.head_dim, device=device, dtype=dtype),
+                most,
             )
             for layer in config.layers
         ]
@@ -118,14 +122,26 @@ class KVCache:
         return 0 if store.slots is None else max(0, self.length - (self._window - 1))
 
 
+def kv_bytes(config: ModelConfig, dtype: torch.dtype, slack: int, tokens: int) -> int:
+    """Bytes of a cache of this `slack` for `most = tokens` at most: a ring never outgrows its slots.
+
+    While a buffer grows, the old one exists beside the new one for a moment; that is not counted.
+    """
+    ring = min(tokens, config.sliding_window - 1 + slack)
+    return sum(
+        2 * layer.num_kv_heads * layer.head_dim * dtype.itemsize * (ring if layer.kind == "sliding" else tokens)
+        for layer in config.layers
+    )
+
+
 class _Layer:
-    """Position p lives in slot p (`slots` None) or p mod slots. Grows by doubling up to `slots`.
+    """Position p lives in slot p (`slots` None) or p mod slots. Grows by doubling up to `slots` and `most`.
 
     `written` is one past the highest position ever stored: it tells what a ring still holds.
     """
 
-    def __init__(self, slots: int | None, empty: Tensor) -> None:
-        self.slots = slots
+    def __init__(self, slots: int | None, empty: Tensor, most: int | None) -> None:
+        self.slots, self._most = slots, most
         self.written = 0
         self._k = self._v = empty
 
@@ -157,8 +173,8 @@ class _Layer:
         need = tokens if self.slots is None else min(tokens, self.slots)
         if need <= have:
             return
-        size = max(need, 2 * have, _FIRST)
-        size = size if self.slots is None else min(size, self.slots)
+        limits = [limit for limit in (self.slots, self._most) if limit is not None]
+        size = max(need, min([2 * have, *limits] if have else [_FIRST, *limits]))
         self._k, self._v = _grown(self._k, size), _grown(self._v, size)
 
 

@@ -31,6 +31,7 @@ from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.errors import CheckpointError, ConfigError, RequestError
 from dgemma.model import DiffusionGemma
 from dgemma.quant import WeightFormat
+from dgemma.quant.sites import install_head
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def assemble(
         check_compute(dtype, folder)
         fill_packs(model, packs, weight_format, torch.device(device))
     _fill(model, plain, sources, torch.device(device), dtype)
+    if weight_format is not None and weight_format.head and model.embed.weight.device.type == "cpu":
+        install_head(model, weight_format)
     return Checkpoint(model.eval(), config, generation, folder, name, skipped, weight_format)
 
 

@@ -38,7 +38,8 @@ class Pack:
 
 def section_of(weight_format: WeightFormat) -> dict[str, Any]:
     """What `config.json` says of a format."""
-    return {"made_by": MAKER, "format": weight_format.name, "group": weight_format.group}
+    section = {"made_by": MAKER, "format": weight_format.name, "group": weight_format.group}
+    return section | ({"head": True} if weight_format.head else {})
 
 
 def format_of(raw: Mapping[str, Any], folder: Path) -> WeightFormat | None:
@@ -50,7 +51,7 @@ def format_of(raw: Mapping[str, Any], folder: Path) -> WeightFormat | None:
         method = section.get("quant_method") if isinstance(section, Mapping) else section
         raise CheckpointError(f"{folder} is quantised by {method!r}; dgemma reads plain weights and its own formats")
     try:
-        return make_format(str(section.get("format")), section.get("group"))
+        return make_format(str(section.get("format")), section.get("group"), head=bool(section.get("head")))
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {SECTION}: {error}") from None
 

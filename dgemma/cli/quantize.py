@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group", type=int, metavar="N", help="columns that share a scale: 32, 64 or 128 (int4wo: 64; int8wo: the row)"
     )
+    parser.add_argument("--head", action="store_true", help="int8dyn: logits, too; see what --report says of |dH|")
     parser.add_argument("--dtype", metavar="{float32,bfloat16}", help="type of what stays plain (default: as stored)")
     parser.add_argument("--report", action="store_true", help="compare both on text: KL, argmax, bits per byte")
     parser.add_argument("--text", metavar="FILE", help="the text of the report (default: four built-in passages)")
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dgemma.checkpoint.quantize import quantize_checkpoint
     from dgemma.quant import make_format
 
-    weight_format = make_format(arguments.format, arguments.group)
+    weight_format = make_format(arguments.format, arguments.group, head=arguments.head)
     dtype = _dtype(arguments.dtype)
     if arguments.text and not arguments.report:
         raise RequestError("--text is the text of a report; give --report, too")
@@ -101,6 +102,7 @@ def _facts(done: Quantised) -> dict[str, Any]:
         "folder": str(done.folder),
         "format": done.format.name,
         "group": done.format.group,
+        "head": done.format.head,
         "bytes_before": done.bytes_before,
         "bytes_after": done.bytes_after,
         "quantised_weights": done.quantised,

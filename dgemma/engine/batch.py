@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dgemma import kernels
+from dgemma.config import GenerationConfig
 from dgemma.diffusion.noise import draw_uniforms, step_noise
 from dgemma.diffusion.protocol import Noise, Rows, Stats, Step
 from dgemma.diffusion.samplers import get_sampler
 from dgemma.diffusion.schedule import temperature
 from dgemma.diffusion.stop import History, StopRule, should_stop
 from dgemma.engine.request import Canvas, State
-from dgemma.engine.runner import Draws
+from dgemma.engine.runner import Draws, Shape
 
 
 class CanvasBatch:
@@ -51,6 +52,7 @@ class CanvasBatch:
             uniforms=torch.cat(uniforms),
             draw_temperature=self._packed(self._column([c.temperature for c in self._configs], torch.float32)),
             top_k=self._packed(self._column([c.top_k for c in self._configs], torch.int64)),
+            shapes=[_shape(*pair) for pair in zip(self._configs, self.canvases, strict=True)],
         )
 
     def finish(self, out: kernels.VocabStats) -> tuple[Stats, list[Step], list[bool]]:
@@ -107,3 +109,7 @@ class CanvasBatch:
 
     def _padded(self, parts: Sequence[Tensor]) -> Tensor:
         return pad_sequence(list(parts), batch_first=True)
+
+
+def _shape(config: GenerationConfig, canvas: Canvas) -> Shape | None:
+    return Shape(canvas.bias, config.top_p) if canvas.bias is not None or config.top_p < 1 else None

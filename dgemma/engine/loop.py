@@ -9,23 +9,27 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from dgemma.cache import KVCache, PrefixCounters, PrefixStore
+from dgemma.cache import KVCache, PrefixCounters, PrefixStore, kv_bytes
 from dgemma.config import EngineConfig
 from dgemma.diffusion.finalise import finalise
 from dgemma.diffusion.protocol import Stats, Step
 from dgemma.engine.autoregressive import next_tokens
 from dgemma.engine.batch import CanvasBatch
+from dgemma.engine.load import Load, Totals
 from dgemma.engine.request import Request, State, max_canvas, validate
 from dgemma.engine.runner import Counters, Runner
 from dgemma.engine.scheduler import parts, plan_denoise, plan_encode
-from dgemma.errors import CapacityError, ConfigError
-from dgemma.events import Committed, Draft, Event, Finished
+from dgemma.engine.scoring import Scoring, score
+from dgemma.engine.shaping import with_biases
+from dgemma.errors import CapacityError, ConfigError, RequestError
+from dgemma.events import Committed, Draft, Event, Finished, Scored
 from dgemma.model import DiffusionGemma
 
 _DEFAULT = EngineConfig()
@@ -59,12 +63,21 @@ class Engine:
         self._running: dict[int, State] = {}
         self._next_id = 0
         self._turn = count(1)
+        self._kv_reserved = 0
+        self._totals = Totals()
+        self._load = Load(kv_limit=config.kv_bytes)
 
     def add(self, request: Request) -> int:
-        """Queue a request; its id marks its events. `RequestError` if the model cannot do it, else
+        """Queue a request; its id marks its events. `RequestError` if model or `kv_bytes` can never do it, else
         `CapacityError` if the engine is full. May be called from another thread while one ticks.
         """
         validate(request, self.model_config)
+        needed, limit = self.kv_bytes(request), self.config.kv_bytes
+        if limit and needed > limit:
+            raise RequestError(
+                f"prompt ({len(request.prompt)} tokens) and answer (max_new_tokens {request.config.max_new_tokens}) "
+                f"may need {needed} bytes of keys and values; this engine sets aside at most {limit} (kv_bytes)"
+            )
         held = len(self._waiting) + len(self._running)
         if held >= self.config.max_requests:
             raise CapacityError(f"the engine holds {held} requests and takes at most {self.config.max_requests}")
@@ -79,7 +92,11 @@ class Engine:
                 self._waiting.remove(entry)
                 return Finished(request, "abort", len(entry[1].prompt), 0, 0, (), 0)
         state = self._running.get(request)
-        return None if state is None else self._finish(state, "abort")
+        if state is None:
+            return None
+        end = self._finish(state, "abort")
+        self._snapshot()
+        return end
 
     @property
     def has_work(self) -> bool:
@@ -97,27 +114,66 @@ class Engine:
 
     def tick(self) -> list[Event]:
         """Encode what is pending, then take a denoising step; the events of both in order."""
-        while self._waiting and len(self._running) < self.config.max_batch_rows:
+        while self._waiting and len(self._running) < self.config.max_batch_rows and self._fits(self._waiting[0][1]):
             self._admit(*self._waiting.popleft())
-        return [*self._encode(), *self._denoise()]
+        events = [*self._encode(), *self._denoise()]
+        self._totals.events(events)
+        self._snapshot()
+        return events
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for this model; its slack covers the widest canvas and the longest chunk."""
-        slack = max(self.config.encode_chunk, max_canvas(self.model_config))
-        return KVCache(self.model_config, self.runner.device, self.runner.dtype, slack)
+    @property
+    def load(self) -> Load:
+        """How busy the engine is, as of the end of the last tick; `waiting` as of now. For any thread."""
+        return replace(self._load, waiting=len(self._waiting))
+
+    def kv_bytes(self, request: Request) -> int:
+        """Bytes of keys and values that a request may need at most: its prompt and its whole budget."""
+        return kv_bytes(self.model_config, self.runner.dtype, self._slack, _most_tokens(request))
+
+    def new_cache(self, most: int | None = None) -> KVCache:
+        """An empty cache for this model and, if given, at `most` that many tokens."""
+        return KVCache(self.model_config, self.runner.device, self.runner.dtype, self._slack, most)
+
+    @property
+    def _slack(self) -> int:
+        """Covers the widest canvas and the longest chunk."""
+        return max(self.config.encode_chunk, max_canvas(self.model_config))
+
+    def _fits(self, request: Request) -> bool:
+        """Whether memory allows it now. Later ones wait behind it, or a large request would never get its turn."""
+        limit = self.config.kv_bytes
+        return not limit or self._kv_reserved + self.kv_bytes(request) <= limit
+
+    def _snapshot(self) -> None:
+        prefix = self.prefixes.counters
+        self._load = Load(
+            running=len(self._running),
+            kv_reserved=self._kv_reserved,
+            kv_limit=self.config.kv_bytes,
+            prefix_tokens=self.prefixes.tokens,
+            prefix_hits=prefix.hits,
+            prefix_misses=prefix.misses,
+            prefix_reused_tokens=prefix.reused_tokens,
+            **asdict(self._totals),
+            **asdict(self.counters),
+        )
 
     def _admit(self, number: int, request: Request) -> None:
-        state = State(number, request, self.new_cache(), list(request.prompt), next(self._turn))
+        cache, size = self.new_cache(_most_tokens(request)), self.kv_bytes(request)
+        state = State(number, request, cache, list(request.prompt), next(self._turn), size)
         if request.reuse and self.config.prefix_cache_tokens:
-            # The next token's distribution comes from encoding the last one, so AR must leave it to do.
-            usable = request.prompt[: len(request.prompt) - (request.config.mode == "ar")]
+            # The next token's distribution comes from encoding the last one: who needs it must leave that to do.
+            usable = request.prompt[: len(request.prompt) - request.starts_from_last]
             state.cached_tokens = state.whole = self.prefixes.take(self._root, usable, state.cache)
         self._running[number] = state
+        self._kv_reserved += size
+        self._totals.admit(len(request.prompt))
 
     def _encode(self) -> list[Event]:
         states = plan_encode(self._running.values(), self.config)
         if not states:
             return []
+        self._totals.encode_rows += len(states)
         jobs: list[tuple[KVCache, Sequence[int]]] = []
         cuts = [parts(state, self.config) for state in states]
         for state, counts in zip(states, cuts, strict=True):
@@ -126,11 +182,20 @@ class Engine:
             for cache, size in zip(state.cache.segments(counts), counts, strict=True):
                 jobs.append((cache, state.ids[cache.length : cache.length + size]))
         rest = iter(self.runner.encode(jobs))
-        hidden = [[next(rest) for _ in counts][-1] for counts in cuts]
-        for state, counts in zip(states, cuts, strict=True):
+        hidden = [[next(rest) for _ in counts] for counts in cuts]
+        events: list[Event] = []
+        for state, counts, rows in zip(states, cuts, hidden, strict=True):
+            begin = state.cache.length
             self._advance(state, counts)
-        last = [rows[-1:] for state, rows in zip(states, hidden, strict=True) if _draws_next(state)]
-        return self._extend([state for state in states if _draws_next(state)], last) if last else []
+            if state.scoring:
+                events += self._score(state, state.scoring, begin, torch.cat(rows))
+        last = [rows[-1][-1:] for state, rows in zip(states, hidden, strict=True) if _draws_next(state)]
+        return events + (self._extend([state for state in states if _draws_next(state)], last) if last else [])
+
+    def _score(self, state: State, scoring: Scoring, begin: int, hidden: Tensor) -> list[Event]:
+        """Log-probabilities of what a pass encoded from position `begin` on, once its canvas is encoded to the end."""
+        scoring.encode(self.runner, state.ids, begin, hidden)
+        return [scoring.take(state.id), *self._end(state)] if scoring.owed and not state.pending else []
 
     def _advance(self, state: State, counts: Sequence[int]) -> None:
         """Make what a pass encoded part of the cache, and keep its whole blocks for others."""
@@ -144,16 +209,24 @@ class Engine:
     def _extend(self, states: Sequence[State], last: Sequence[Tensor]) -> list[Event]:
         """The next token of autoregressive requests from their last hidden states `[1, H]`."""
         logits = self.runner.logits(torch.cat(list(last)))
-        tokens = next_tokens(logits, [state.config for state in states], [len(state.ids) for state in states])
+        configs = [state.config for state in states]
+        shaped = with_biases(logits, configs, [state.counts for state in states])
+        tokens = next_tokens(shaped, configs, [len(state.ids) for state in states])
         events: list[Event] = []
-        for state, token in zip(states, tokens, strict=True):
-            events += self._commit(state, state.completion, [token], 0, "ar")
+        for row, (state, token) in enumerate(zip(states, tokens, strict=True)):
+            place, asked = state.completion, state.request.logprobs
+            events.append(self._commit(state, place, [token], 0, "ar"))
+            if asked is not None:
+                logprobs, tops = score(logits[row : row + 1], [token], asked)
+                events.append(Scored(state.id, place, tuple(logprobs), tuple(tops), ()))
+            events += self._end(state)
         return events
 
     def _denoise(self) -> list[Event]:
         states = plan_denoise(self._running.values(), self.model_config, self.config)
         if not states:
             return []
+        self._totals.denoise_rows += len(states)
         for state in states:
             state.turn = next(self._turn)
             if state.canvas is None:
@@ -162,38 +235,54 @@ class Engine:
         jobs = [(state.cache, canvas.ids) for state, canvas in zip(states, batch.canvases, strict=True)]
         out = self.runner.denoise(jobs, [canvas.soft for canvas in batch.canvases], batch.draws())
         stats, steps, stable = batch.finish(out)
+        hidden = out.hidden.split(batch.widths)
         events: list[Event] = []
         for row, state in enumerate(states):
             if state.request.watch:
                 events.append(_draft(state, stats, steps[row], row, float(batch.temperature[row])))
-            events += self._after_step(state, stats, steps[row], row, stable[row])
+            events += self._after_step(state, stats, steps[row], row, stable[row], hidden[row])
         return events
 
-    def _after_step(self, state: State, stats: Stats, step: Step, row: int, stable: bool) -> list[Event]:
+    def _after_step(
+        self, state: State, stats: Stats, step: Step, row: int, stable: bool, hidden: Tensor
+    ) -> list[Event]:
         canvas = state.canvas
         assert canvas is not None
         if canvas.step > 0 and not stable:
             return []
         taken = state.config.max_denoising_steps - canvas.step
         # HF commits the argmax; JAX commits the sampled and renoised canvas.
-        final = step.canvas if state.config.convention == "jax" else stats.argmax[row, : canvas.width]
+        final = argmax = stats.argmax[row, : canvas.width]
+        if state.config.convention == "jax":
+            final = step.canvas
+            if canvas.bias is not None:  # fresh noise may hit a banned token, which is committed by nobody
+                final = torch.where(canvas.bias[final] == -torch.inf, argmax, final)
         state.steps.append(taken)
         state.canvas = None
-        return self._commit(state, canvas.index, final.tolist(), taken, "stable" if stable else "cap")
+        committed = self._commit(state, canvas.index, final.tolist(), taken, "stable" if stable else "cap")
+        if state.scoring:
+            state.scoring.commit(self.runner, canvas.index, committed.tokens, hidden)
+        return [committed, *self._end(state)]
 
-    def _commit(self, state: State, canvas: int, tokens: Sequence[int], steps: int, stop: str) -> list[Event]:
+    def _commit(self, state: State, canvas: int, tokens: Sequence[int], steps: int, stop: str) -> Committed:
         """Make tokens final: cut at the first end token (which stays) and at the budget."""
         kept, ended = finalise(tokens, state.config.stop_tokens)
         if len(kept) > state.room:
             kept, ended = kept[: state.room], False
         state.ids.extend(kept)
-        events: list[Event] = [Committed(state.id, canvas, kept, steps, stop)]
+        state.counts.update(kept)
         if ended or not state.room:
-            events.append(self._finish(state, "stop" if ended else "length"))
-        return events
+            state.ending = "stop" if ended else "length"
+        return Committed(state.id, canvas, kept, steps, stop)
+
+    def _end(self, state: State) -> list[Event]:
+        """The last event, if the answer is complete and its log-probabilities, where asked for, are told."""
+        owed = state.scoring is not None and state.scoring.owed
+        return [self._finish(state, state.ending)] if state.ending and not owed else []
 
     def _finish(self, state: State, reason: str) -> Finished:
         del self._running[state.id]
+        self._kv_reserved -= state.kv_bytes
         return Finished(
             request=state.id,
             reason=reason,
@@ -203,6 +292,11 @@ class Engine:
             steps=tuple(state.steps),
             encode_passes=state.encode_passes,
         )
+
+
+def _most_tokens(request: Request) -> int:
+    """Tokens that its cache may hold: no canvas is encoded before it is cut to the budget."""
+    return len(request.prompt) + request.config.max_new_tokens
 
 
 def _draws_next(state: State) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,8 @@ from dgemma.config import GenerationConfig, ModelConfig
 from dgemma.diffusion.noise import first_canvas
 from dgemma.diffusion.samplers import get_sampler
 from dgemma.diffusion.stop import History
+from dgemma.engine.scoring import MOST, Scoring
+from dgemma.engine.shaping import bias_row
 from dgemma.errors import RequestError
 
 _WIDEST_REFERENCE_CANVAS = 256
@@ -24,19 +27,28 @@ class Request:
 
     `watch` asks for a `Draft` event per denoising step. `reuse` lets the request start from what others that
     began with the same tokens have encoded, and leave its own for others; that changes no bit of the answer.
+    `logprobs` asks for `Scored` events: of every committed token, and so many (0 to 20) of the most likely ones there.
+    In mode diffusion that encodes the last canvas, too.
     """
 
     prompt: tuple[int, ...]
     config: GenerationConfig
     watch: bool = False
     reuse: bool = True
+    logprobs: int | None = None
+
+    @property
+    def starts_from_last(self) -> bool:
+        """Whether the hidden state of the prompt's last token is needed, and not only its keys and values."""
+        return self.config.mode == "ar" or self.logprobs is not None
 
 
 @dataclass
 class Canvas:
     """One canvas being denoised: `ids [C]` is what the next step reads, `step` its number, counted down N..1.
 
-    `soft [C, H]` is the previous prediction's embedding, None before the first step.
+    `soft [C, H]` is the previous prediction's embedding, None before the first step. `bias [V]` is what the request
+    adds to the logits of all its steps, None if nothing.
     """
 
     index: int
@@ -44,6 +56,7 @@ class Canvas:
     step: int
     history: History
     soft: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -60,6 +73,8 @@ class State:
     ids: list[int]
     turn: int
     """When this request last got a place in a batch, or came: the lowest goes first."""
+    kv_bytes: int = 0
+    """What is set aside for its cache."""
     cached_tokens: int = 0
     whole: int = 0
     """Leading tokens of the cache that were encoded in whole blocks (see `scheduler.parts`)."""
@@ -67,6 +82,16 @@ class State:
     steps: list[int] = field(default_factory=list)
     encode_passes: int = 0
     """Passes that encoded committed tokens; the prompt's do not count."""
+    counts: Counter[int] = field(default_factory=Counter)
+    """How often each token was committed."""
+    scoring: Scoring | None = None
+    """Only in mode diffusion, for who asked for log-probabilities."""
+    ending: str = ""
+    """Why the answer is complete, once it is."""
+
+    def __post_init__(self) -> None:
+        if self.request.logprobs is not None and self.config.mode == "diffusion":
+            self.scoring = Scoring(self.request.logprobs, len(self.request.prompt))
 
     @property
     def config(self) -> GenerationConfig:
@@ -95,7 +120,8 @@ class State:
         """Begin the next canvas from pure noise."""
         config, index, width = self.config, len(self.steps), self.next_width(model)
         ids = first_canvas(config.seed, config.choice, index, width, model.vocab_size, device)
-        self.canvas = Canvas(index, ids, config.max_denoising_steps, History.start(ids[None]))
+        bias = bias_row(config, self.counts, model.vocab_size, device)
+        self.canvas = Canvas(index, ids, config.max_denoising_steps, History.start(ids[None]), bias=bias)
         return self.canvas
 
 
@@ -149,14 +175,20 @@ def validate(request: Request, model: ModelConfig) -> None:
     for place, token in enumerate(prompt):
         if not 0 <= token < model.vocab_size:
             raise RequestError(f"prompt token {place} is {token}; the vocabulary has ids 0..{model.vocab_size - 1}")
+    for token, _ in config.logit_bias:
+        if token >= model.vocab_size:
+            raise RequestError(f"logit_bias names token {token}; the vocabulary has ids 0..{model.vocab_size - 1}")
+    if len(config.banned) == model.vocab_size:
+        raise RequestError(f"logit_bias bans all {model.vocab_size} tokens of the vocabulary; it must leave at least 1")
+    asked = request.logprobs
+    if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or not 0 <= asked <= MOST):
+        raise RequestError(f"logprobs must be a whole number of 0 to {MOST}, or None for none; got {asked!r}")
     budget = config.max_new_tokens
     if config.mode == "diffusion":
         width, widest = canvas_widths(config, model)[-1], max_canvas(model)
         if width > widest:
             raise RequestError(f"canvas_length must be at most {widest} for this model, got {width}")
         get_sampler(config.sampler)
-        if config.top_p < 1.0:
-            raise RequestError(f"top_p works in mode 'ar' only; in mode 'diffusion' it must be 1.0, got {config.top_p}")
         budget = _positions(config, model)
     if len(prompt) + budget > model.max_positions:
         raise RequestError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from dgemma import kernels
 from dgemma.cache import KVCache
-from dgemma.engine.attend import DenoiseAttend, EncodeAttend
+from dgemma.engine.attend import DenoiseAttend, EncodeAttend, spans
 from dgemma.model import DiffusionGemma
 from dgemma.model.fast import FastStack
 
@@ -28,13 +28,32 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What a request does to the whole prediction of its canvas: `bias [V]`, top-p (1: nothing)."""
+
+    bias: Tensor | None
+    top_p: float
+
+
+@dataclass(frozen=True)
 class Draws:
-    """How each of the T canvas positions of a batch draws; see `kernels.vocab` for shapes and meaning."""
+    """How each of the T canvas positions of a batch draws; see `kernels.vocab` for shapes and meaning.
+
+    `shapes` has an entry a canvas, None for those whose prediction is left as it is; empty if all are.
+    """
 
     temperature: Tensor
     uniforms: Tensor
     draw_temperature: Tensor
     top_k: Tensor
+    shapes: Sequence[Shape | None] = ()
+
+
+@dataclass(frozen=True)
+class Prediction(kernels.VocabStats):
+    """What a step predicts, and the hidden states `[T, H]` that say so."""
+
+    hidden: Tensor
 
 
 class Runner:
@@ -48,7 +67,9 @@ class Runner:
         able = self.device.type == "cpu" and self.dtype in _FAST and types == {self.dtype}
         native = kernels.native.load() if able else None
         self._stack = None if native is None else FastStack(model, native)
-        self._head = model.embed.weight if self._stack is None else self._stack.head
+        embed = model.embed.weight
+        plain = embed if model.head is None else kernels.PackedHead(embed, model.head)
+        self._head = plain if self._stack is None else self._stack.head
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
@@ -65,7 +86,7 @@ class Runner:
     @torch.inference_mode()
     def denoise(
         self, jobs: Sequence[tuple[KVCache, Tensor]], softs: Sequence[Tensor | None], draws: Draws
-    ) -> kernels.VocabStats:
+    ) -> Prediction:
         """One step of each job's canvas `ids [C]`; `softs` are its signals `[C, H]` or None. T rows, end to end."""
         model, counts = self.model, [ids.shape[0] for _, ids in jobs]
         positions, places = self._positions(jobs, counts)
@@ -78,20 +99,43 @@ class Runner:
             self._stack,
         )
         self._count(denoise_passes=1, denoised_tokens=sum(counts))
-        return kernels.vocab(
-            hidden,
-            self._head,
-            model.config.softcap,
-            draws.temperature,
-            draws.uniforms,
-            draws.draw_temperature,
-            draws.top_k,
-        )
+        return Prediction(**self._predict(hidden, draws, counts), hidden=hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits `[T, V]` of hidden states `[T, H]`."""
         return self.model.logits(hidden)
+
+    def _predict(self, hidden: Tensor, draws: Draws, counts: Sequence[int]) -> dict[str, Tensor]:
+        """The statistics; canvases with a shape apart, each by itself, so that no row depends on who is there."""
+        if not any(draws.shapes):
+            return self._vocab(hidden, draws, slice(None))
+        places = [torch.arange(span.start, span.stop, device=self.device) for span in spans(counts)]
+        pairs = list(zip(places, draws.shapes, strict=True))
+        plain = [place for place, shape in pairs if shape is None]
+        groups: list[tuple[Tensor, Shape | None]] = [(torch.cat(plain), None)] if plain else []
+        groups += [(place, shape) for place, shape in pairs if shape is not None]
+        parts = [self._vocab(hidden, draws, rows, shape) for rows, shape in groups]
+        back = torch.cat([rows for rows, _ in groups]).argsort()
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+    def _vocab(
+        self, hidden: Tensor, draws: Draws, rows: Tensor | slice, shape: Shape | None = None
+    ) -> dict[str, Tensor]:
+        temperature = draws.temperature[rows]
+        bias, top_p = (shape.bias, shape.top_p) if shape else (None, 1.0)
+        stats = kernels.vocab(
+            hidden[rows],
+            self._head,
+            self.model.config.softcap,
+            temperature,
+            draws.uniforms[rows],
+            draws.draw_temperature[rows],
+            draws.top_k[rows],
+            bias=bias,
+            top_p=torch.full_like(temperature, top_p, dtype=torch.float64) if top_p < 1 else None,
+        )
+        return {field.name: getattr(stats, field.name) for field in fields(stats)}
 
     def _signal(self, softs: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
         if all(soft is None for soft in softs):

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dgemma.kernels import cpu, cpu_training, native, reference
+from dgemma.kernels import cpu, cpu_training, native, reference, shaped
+from dgemma.kernels.cpu_vocab import PackedHead
 from dgemma.kernels.reference import DRAW_BLOCK, VocabStats, rope_frequencies, rope_tables
+from dgemma.kernels.shaped import highest
 
 _CPU: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
@@ -50,15 +52,39 @@ gelu = _dispatch("gelu")
 route = _dispatch("route")
 experts = _dispatch("experts")
 softcap = _dispatch("softcap")
-vocab = _dispatch("vocab")
+_plain_vocab = _dispatch("vocab")
+
+
+def vocab(
+    hidden: Tensor,
+    embed: Tensor | PackedHead,
+    cap: float,
+    temperature: Tensor,
+    uniforms: Tensor,
+    draw_temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    top_p: Tensor | None = None,
+) -> VocabStats:
+    rows = hidden, embed, cap, temperature, uniforms, draw_temperature, top_k
+    # Backends have a faster op for plain rows only: `shaped` serves all of them, with their own product.
+    if bias is None and top_p is None:
+        return _plain_vocab(*rows)
+    return shaped.vocab(*rows, find("linear", hidden.device.type), bias, top_p)
+
+
+vocab.__doc__ = reference.vocab.__doc__
 
 __all__ = [
     "DRAW_BLOCK",
+    "PackedHead",
     "VocabStats",
     "attention",
     "experts",
     "find",
     "gelu",
+    "highest",
     "linear",
     "native",
     "rms_norm",

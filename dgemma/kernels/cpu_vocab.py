@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dgemma.kernels import native, reference
+from dgemma.kernels.matrix import Matrix
 from dgemma.kernels.packed import Packed
 from dgemma.kernels.reference import DRAW_BLOCK, Matmul, VocabStats, draw_tokens, softcap
 
@@ -25,11 +26,15 @@ Product = Callable[[Tensor], Tensor]
 
 
 class PackedHead:
-    """An embedding `[V, H]`, and its chunks packed for the product to logits: for vocabularies that are small."""
+    """An embedding `[V, H]`, and for each chunk of it the product to logits: given, or the chunk itself, packed."""
 
-    def __init__(self, embed: Tensor) -> None:
+    def __init__(self, embed: Tensor, to_logits: Sequence[Matrix] | None = None) -> None:
         self.embed, self.dtype = embed.detach(), embed.dtype
-        self.to_logits = [Packed(part) for part in self.embed.split(CHUNK)]
+        self.to_logits: Sequence[Matrix] = to_logits or [Packed(part) for part in self.embed.split(CHUNK)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Raw logits `[T, V]`, all of them at once."""
+        return torch.cat([product(hidden) for product in self.to_logits], dim=-1)
 
 
 class Pass(Protocol):

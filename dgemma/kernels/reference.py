@@ -193,13 +193,31 @@ def vocab(
     draw_temperature: Tensor | None = None,
     top_k: Tensor | None = None,
     matmul: Matmul = linear,
+    bias: Tensor | None = None,
+    top_p: Tensor | None = None,
 ) -> VocabStats:
     """From hidden states `[T, H]` to what a denoising step needs. `embed [V, H]`, `temperature [T]` float32.
 
     `uniforms [T, blocks]` feed the draw. `draw_temperature [T]` divides the draw's logits once more (0: the argmax);
-    `top_k [T]` (0: off) restricts the draw. Nothing here is differentiable.
+    `top_k [T]` (0: off) restricts the draw. `bias [V]` or `[T, V]` is added to the soft-capped logits before the
+    temperature (minus infinity excludes a token; one must be left), and `top_p [T]` float64 (1: off) then keeps what
+    `nucleus` says; these two shape everything: statistics, draw and soft embedding. Nothing here is differentiable.
     """
-    logits = softcap(matmul(hidden, embed), cap) / temperature[:, None]
+    logits = softcap(matmul(hidden, embed), cap)
+    logits = (logits if bias is None else logits + bias) / temperature[:, None]
+    if top_p is not None:
+        logits = nucleus(logits, top_p)
+    return prediction(logits, uniforms, draw_temperature, top_k, lambda probs: matmul(probs.to(embed.dtype), embed.t()))
+
+
+def prediction(
+    logits: Tensor,
+    uniforms: Tensor,
+    draw_temperature: Tensor | None,
+    top_k: Tensor | None,
+    to_soft: Callable[[Tensor], Tensor],
+) -> VocabStats:
+    """What `vocab` makes of its tempered and shaped `logits [T, V]`; `to_soft` multiplies with the embedding."""
     logp = torch.log_softmax(logits, dim=-1)
     probs = logp.exp()
     # Ties go to the lowest id, which torch's max does not promise; of logits, because logp merges near ones.
@@ -213,8 +231,18 @@ def vocab(
         top_logprob=top_logprob,
         draw=draw,
         draw_logprob=logp.gather(1, draw[:, None]).squeeze(1),
-        soft=matmul(probs.to(embed.dtype), embed.t()),
+        soft=to_soft(probs),
     )
+
+
+def nucleus(logits: Tensor, top_p: Tensor) -> Tensor:
+    """`logits [T, V]` with minus infinity outside the fewest most likely tokens whose probabilities sum to at least
+    `top_p [T]` float64; ties by the lowest id. A row with `top_p` 1 stays whole."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    mass = torch.softmax(logits.double(), dim=-1).gather(1, order).cumsum(dim=-1)
+    before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
+    outside = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    return logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
 
 
 def draw_tokens(

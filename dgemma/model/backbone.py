@@ -5,6 +5,7 @@ It knows neither masks nor caches (both live in `attend`), nor steps and tempera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dgemma import kernels
 from dgemma.config import LayerKind, ModelConfig
+from dgemma.kernels.matrix import Matrix
 from dgemma.model.attention import Attend
 from dgemma.model.block import Block
 from dgemma.model.layers import Embedding, GatedMLP, RMSNorm, Rotation
@@ -59,6 +61,8 @@ class DiffusionGemma(nn.Module):
         self.canvas_embed = nn.Parameter(torch.zeros(positions, config.hidden_size)) if positions else None
         dims: dict[LayerKind, int] = {layer.kind: layer.head_dim for layer in config.layers}
         self._rotations = {kind: Rotation(config.rope(kind), dim) for kind, dim in dims.items()}
+        self.head: Sequence[Matrix] | None = None
+        """Products with pieces of the vocabulary, where logits are not those of the plain embedding (`quant`)."""
 
     def encode(self, ids: Tensor, positions: Tensor, attend: Attend, stack: Stack | None = None) -> Tensor:
         """Causal half: clean `ids [...]` at `positions [...]` -> hidden `[..., H]`. `attend` stores K and V."""
@@ -89,7 +93,11 @@ class DiffusionGemma(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits `[..., V]` over the tied, unscaled embedding."""
-        return kernels.softcap(kernels.linear(hidden, self.embed.weight), self.config.softcap)
+        if self.head is None:
+            raw = kernels.linear(hidden, self.embed.weight)
+        else:
+            raw = torch.cat([piece(hidden) for piece in self.head], dim=-1)
+        return kernels.softcap(raw, self.config.softcap)
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
         """Probability-weighted embedding `[..., H]` (unscaled) of `logits [..., V]`."""

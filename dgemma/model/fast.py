@@ -38,7 +38,7 @@ class FastStack:
         self._signal_norm = model.self_conditioning.pre_norm.weight
         self._signal = FastGatedMLP(model.self_conditioning.mlp, native)
         embed = model.embed.weight
-        self.head = PackedHead(embed) if embed.numel() <= _SMALL else embed
+        self.head = PackedHead(embed, model.head) if model.head or embed.numel() <= _SMALL else embed
         """What `kernels.vocab` takes for the embedding."""
 
     def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str) -> Tensor:

@@ -19,13 +19,15 @@ FORMATS: Mapping[str, type[WeightFormat]] = MappingProxyType(
 )
 
 
-def make_format(name: str, group: int | None = None) -> WeightFormat:
+def make_format(name: str, group: int | None = None, *, head: bool = False) -> WeightFormat:
     """The format of that name. `group` None takes its default; a `ConfigError` says what is allowed."""
     if name not in FORMATS:
         raise ConfigError(f"unknown weight format {name!r}; known: {', '.join(FORMATS)}")
     kind = FORMATS[name]
+    if head and kind is not Int8Dynamic:
+        raise ConfigError(f"the head can be of the format {Int8Dynamic.name}, not of {name}")
     if group is None:
-        return kind()
+        return Int8Dynamic(head=True) if head else kind()
     if group not in kind.groups or isinstance(group, bool):
         allowed = ", ".join(map(str, kind.groups))
         raise ConfigError(

@@ -28,6 +28,7 @@ class Int4WeightOnly:
     name: ClassVar[str] = "int4wo"
     groups: ClassVar[tuple[int, ...]] = (32, 64, 128)
     copies: ClassVar[bool] = False
+    head: ClassVar[bool] = False
     group: int = 64
 
     def layout(self, shape: Shape) -> dict[str, Part]:

@@ -22,13 +22,15 @@ _ZERO = 128  # what stands for 0 among the unsigned activations; signed ones hav
 class Int8Dynamic:
     """weight = code * scale with one scale a row. An activation row is rounded to 255 levels of its own scale.
 
-    The product adds whole numbers, so a row's result cannot depend on what shares the batch.
+    The product adds whole numbers, so a row's result cannot depend on what shares the batch. `head` is for a model
+    whose entropies it leaves alone: see docs/quantize.md.
     """
 
     name: ClassVar[str] = "int8dyn"
     groups: ClassVar[tuple[int, ...]] = ()
     copies: ClassVar[bool] = True
     group: int | None = None
+    head: bool = False
 
     def layout(self, shape: Shape) -> dict[str, Part]:
         return {"codes": Part(shape, torch.int8), "scale": Part((shape[0],), torch.float32)}

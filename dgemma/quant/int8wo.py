@@ -20,6 +20,7 @@ class Int8WeightOnly:
     name: ClassVar[str] = "int8wo"
     groups: ClassVar[tuple[int, ...]] = (32, 64, 128)
     copies: ClassVar[bool] = False
+    head: ClassVar[bool] = False
     group: int | None = None
 
     def layout(self, shape: Shape) -> dict[str, Part]:

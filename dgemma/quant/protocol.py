@@ -37,6 +37,10 @@ class WeightFormat(Protocol):
     @property
     def group(self) -> int | None: ...
 
+    @property
+    def head(self) -> bool:
+        """Whether the product from hidden states to logits is of this format, too; the embedding never is."""
+
     def layout(self, shape: Shape) -> dict[str, Part]:
         """The tensors that `quantize` makes of a matrix of that shape, by name."""
 

@@ -1,7 +1,8 @@
 """Which weights of a model a format applies to, and putting matrices in their place.
 
-The projections of attention, the dense MLPs (self-conditioning's too) and the experts. Embedding, head, router, norms
-and scalars keep their type: they are small, or decide what rounding must not (entropies, the choice of an expert).
+The projections of attention, the dense MLPs (self-conditioning's too) and the experts. Embedding, router, norms and
+scalars keep their type: they are small, or decide what rounding must not (the choice of an expert); so does the head,
+whose rounding moves entropies, unless it is asked for.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
+from dgemma.kernels.cpu_vocab import CHUNK
 from dgemma.kernels.matrix import Matrix
+from dgemma.model import DiffusionGemma
 from dgemma.model.layers import Linear
 from dgemma.model.moe import Experts, Router
+from dgemma.quant.protocol import WeightFormat
 
 _STACKS = ("gate_up_proj", "down_proj")
 
@@ -39,6 +43,15 @@ def install(model: nn.Module, matrices: Mapping[str, Sequence[Matrix]]) -> None:
         elif leaf == _STACKS[0]:
             assert isinstance(module, Experts)
             module.replace(matrices[name], matrices[f"{module_name}.{_STACKS[1]}"])
+
+
+def install_head(model: DiffusionGemma, weight_format: WeightFormat) -> None:
+    """Let logits be products with the embedding in this format, made anew from it, in pieces of the vocabulary."""
+    pieces = model.embed.weight.detach().split(CHUNK)
+    shapes = ((piece.shape[0], piece.shape[1]) for piece in pieces)
+    model.head = [
+        weight_format.matrix(weight_format.quantize(piece), shape) for piece, shape in zip(pieces, shapes, strict=True)
+    ]
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
