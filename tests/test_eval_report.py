@@ -58,7 +58,7 @@ def test_report_and_card(folders: tuple[Path, Path, Path], monkeypatch: pytest.M
     size = report.Size(
         stories=3, prose=2, bound_stories=2, bound_prose=2, bound_tokens=33, losses=1, seeds=2, new_tokens=20
     )
-    found = json.loads(json.dumps(report.report(model, data, run, size, None, Console(quiet=True))))
+    found = json.loads(json.dumps(report.report(model, data, [run], size, None, Console(quiet=True))))
 
     last = {"train_stories": {"canvas": 4.0, "encoder": 3.0}}
     assert found["training"]["run"] == {"steps": 3, "canvas_tokens": 300, "hours": 9 / 3600, "last_losses": last}

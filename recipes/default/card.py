@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,26 @@ import numpy as np
 LAST = 50  # training steps that the closing losses average over
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """One record per step; a resumed run repeats some, of which the last counts."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [row for _, row in sorted({row["step"]: row for row in records}.items())]
+def read_metrics(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """One record per step of runs that follow each other; a resumed run repeats some, of which the last counts."""
+    every: list[dict[str, Any]] = []
+    for path in (run / "metrics.jsonl" for run in runs):
+        if not path.is_file():
+            return []
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        steps, seconds = (every[-1]["step"] + 1, every[-1]["seconds"]) if every else (0, 0.0)
+        for _, row in sorted({row["step"]: row for row in records}.items()):
+            every.append(row | {"step": row["step"] + steps, "seconds": row["seconds"] + seconds})
+    return every
 
 
-def training_facts(run: Path, data: Path) -> dict[str, Any]:
+def training_facts(runs: Sequence[Path], data: Path) -> dict[str, Any]:
     """Data with sizes and licences, and what the run took; without metrics the run is left out."""
     facts: dict[str, Any] = {"sources": json.loads((data / "sources.json").read_text()), "sets": {}}
     for path in sorted(data.glob("*.npz")):
         with np.load(path) as file:
             facts["sets"][path.stem] = {"documents": len(file["offsets"]) - 1, "tokens": int(file["offsets"][-1])}
-    metrics = read_metrics(run)
+    metrics = read_metrics(runs)
     if metrics:
         last: dict[str, dict[str, float]] = {}
         for source in sorted({row["source"] for row in metrics}):
@@ -42,7 +47,7 @@ def training_facts(run: Path, data: Path) -> dict[str, Any]:
     return facts
 
 
-def loss_curve(run: Path, path: Path) -> None:
+def loss_curve(runs: Sequence[Path], path: Path) -> None:
     """Canvas and encoder loss over the steps, smoothed, by source."""
     try:
         import matplotlib
@@ -51,7 +56,7 @@ def loss_curve(run: Path, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = read_metrics(run)
+    metrics = read_metrics(runs)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True)
     for axis, key in zip(axes, ("canvas", "encoder"), strict=True):
         for source in sorted({row["source"] for row in metrics}):

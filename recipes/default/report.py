@@ -247,7 +247,9 @@ def _stage(console: Console, name: str) -> Iterator[None]:
     console.print(f"{name}: {time.monotonic() - began:.0f} s")
 
 
-def report(folder: Path, data: Path, run: Path, size: Size, width: int | None, console: Console) -> dict[str, Any]:
+def report(
+    folder: Path, data: Path, runs: Sequence[Path], size: Size, width: int | None, console: Console
+) -> dict[str, Any]:
     llm = LLM.load(folder, device="cpu", dtype="float32")
     model = load_checkpoint(folder, dtype=torch.float32).model.requires_grad_(False)
     width = width or llm.generation.canvas_length or llm.config.canvas_length
@@ -264,7 +266,7 @@ def report(folder: Path, data: Path, run: Path, size: Size, width: int | None, c
         "machine": asdict(Machine.of(llm.device, llm.dtype)),
         "quick": size == QUICK,
         "size": asdict(size),
-        "training": training_facts(run, data),
+        "training": training_facts(runs, data),
     }
     with _stage(console, "samples"):
         prompts = json.loads((data / "heldout_prompts.json").read_text())
@@ -294,19 +296,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("dgemma/models/default"))
     parser.add_argument("--data", type=Path, default=Path("build/default"))
-    parser.add_argument("--run", type=Path, default=Path("runs/default"), help="where metrics.jsonl is")
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", default=[Path("runs/default"), Path("runs/default-2")],
+        help="where metrics.jsonl is, of the parts of the training in their order",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="where to write; default: the checkpoint's folder")
     parser.add_argument("--width", type=int, help="canvas width of losses and bound; default: the checkpoint's")
     parser.add_argument("--figure", type=Path, help="write the loss curve there (PNG, needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it runs")
     args = parser.parse_args()
     console, out = Console(stderr=True), args.out or args.folder
-    result = report(args.folder, args.data, args.run, QUICK if args.quick else Size(), args.width, console)
+    result = report(args.folder, args.data, args.runs, QUICK if args.quick else Size(), args.width, console)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "README.md").write_text(model_card(result))
     if args.figure:
-        loss_curve(args.run, args.figure)
+        loss_curve(args.runs, args.figure)
     console.print(f"{out}/report.json, {out}/README.md")
 
 
