@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from dgemma.errors import DataError, RequestError
-from dgemma.events import Committed, Draft, Event, Finished
+from dgemma.events import Committed, Draft, Event, Finished, Scored
 
 FORMAT = "dgemma-trace"
 VERSION = 1
@@ -53,27 +53,28 @@ def create(path: str | Path) -> TextIO:
         raise RequestError(f"the trace {str(path)!r} cannot be written: {error.strerror}") from None
 
 
-class TraceWriter:
-    """Writes moments as they happen, each line at once: a trace that was interrupted can be replayed."""
+class TraceEncoder:
+    """Makes the lines of one trace, as objects. What a draft's line leaves out, the lines before it have told."""
 
-    def __init__(self, file: TextIO, header: Header, piece: Callable[[int], str]) -> None:
+    def __init__(self, header: Header, piece: Callable[[int], str]) -> None:
         """`piece` gives the printable text of a token id."""
-        self._file, self._piece = file, piece
+        self._piece = piece
         self._known: set[int] = set()
         self._last: dict[tuple[int, int], Draft] = {}
         entries = {name: getattr(header, name) for name in Header.__dataclass_fields__}
-        self._line({"format": FORMAT, "version": VERSION, **entries})
+        self.header: dict[str, Any] = {"format": FORMAT, "version": VERSION, **entries}
+        """The first line."""
 
-    def write(self, moment: Moment) -> None:
-        """Add one line."""
+    def line(self, moment: Moment) -> dict[str, Any]:
+        """The next line."""
         event = moment.event
         line: dict[str, Any] = {"type": type(event).__name__.lower(), "seconds": round(moment.seconds, 6)}
         if isinstance(event, Draft):
-            line |= self._draft(event)
-        else:
-            line |= {name: getattr(event, name) for name in event.__dataclass_fields__}
-            line |= {name: text for name in ("text", "thought") if (text := getattr(moment, name))}
-        self._line(line)
+            return line | self._draft(event)
+        if isinstance(event, Scored):
+            return line | _scored(event)
+        line |= {name: getattr(event, name) for name in event.__dataclass_fields__}
+        return line | {name: text for name in ("text", "thought") if (text := getattr(moment, name))}
 
     def _draft(self, draft: Draft) -> dict[str, Any]:
         key = (draft.request, draft.canvas)
@@ -96,9 +97,22 @@ class TraceWriter:
         }
         return line | ({"pieces": {str(token): self._piece(token) for token in sorted(new)}} if new else {})
 
+
+class TraceWriter:
+    """Writes moments as they happen, each line at once: a trace that was interrupted can be replayed."""
+
+    def __init__(self, file: TextIO, header: Header, piece: Callable[[int], str]) -> None:
+        """`piece` gives the printable text of a token id."""
+        self._file, self._encoder = file, TraceEncoder(header, piece)
+        self._line(self._encoder.header)
+
+    def write(self, moment: Moment) -> None:
+        """Add one line."""
+        self._line(self._encoder.line(moment))
+
     def _line(self, data: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n")
+            self._file.write(as_text(data))
             self._file.flush()
         except OSError as error:
             name = getattr(self._file, "name", "")
@@ -107,15 +121,35 @@ class TraceWriter:
             raise RequestError(f"the trace {name!r} cannot be written: {error.strerror}") from None
 
 
+def as_text(line: Mapping[str, Any]) -> str:
+    """A line as it stands in a file."""
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
 def _changes(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int]]:
     if len(old) != len(new):
         return list(enumerate(new))
     return [(place, token) for place, token in enumerate(new) if token != old[place]]
 
 
+def _scored(event: Scored) -> dict[str, Any]:
+    return {
+        "request": event.request,
+        "canvas": event.canvas,
+        "logprobs": [_finite(value) for value in event.logprobs],
+        "top": [[(token, _finite(value)) for token, value in place] for place in event.top],
+        "canvas_logprobs": [_finite(value) for value in event.canvas_logprobs],
+    }
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no NaN: what a broken model says becomes null.
+    return value if math.isfinite(value) else None
+
+
 def _rounded(value: float) -> float | None:
-    # JSON has no NaN: a broken model's entropy becomes null.
-    return round(value, ENTROPY_DECIMALS) if math.isfinite(value) else None
+    finite = _finite(value)
+    return None if finite is None else round(finite, ENTROPY_DECIMALS)
 
 
 class TraceReader:
@@ -195,12 +229,14 @@ class TraceReader:
         elif kind == "committed":
             whole = {name: _whole(data, name) for name in ("request", "canvas", "steps")}
             event = Committed(tokens=_ids(data, "tokens"), stop=str(data["stop"]), **whole)
+        elif kind == "scored":
+            event = _scored_from(data)
         elif kind == "finished":
             names = ("request", "prompt_tokens", "cached_tokens", "completion_tokens", "encode_passes")
             whole = {name: _whole(data, name) for name in names}
             event = Finished(reason=str(data["reason"]), steps=_ids(data, "steps"), **whole)
         else:
-            raise ValueError(f"type must be draft, committed or finished; got {kind!r}")
+            raise ValueError(f"type must be draft, committed, scored or finished; got {kind!r}")
         seconds = float(data["seconds"])
         if not (math.isfinite(seconds) and seconds >= 0):
             raise ValueError(f"seconds must be a number of at least 0, got {seconds}")
@@ -213,7 +249,7 @@ class TraceReader:
         accepted = set(_ids(data, "accepted"))
         if accepted and max(accepted) >= width:
             raise ValueError(f"accepted names position {max(accepted)} of a canvas of {width}")
-        entropy = tuple(math.nan if value is None else float(value) for value in data["entropy"])
+        entropy = _reals(data["entropy"])
         if len(entropy) != width:
             raise ValueError(f"entropy has {len(entropy)} values for a canvas of {width}")
         draft = Draft(
@@ -229,6 +265,23 @@ class TraceReader:
         )
         self._last[request, canvas] = draft
         return draft
+
+
+def _scored_from(data: Mapping[str, Any]) -> Scored:
+    logprobs, marginals = _reals(data["logprobs"]), _reals(data["canvas_logprobs"])
+    top = []
+    for place in data["top"]:
+        ids = [_whole({"top": token}, "top") for token, _ in place]
+        top.append(tuple(zip(ids, _reals([value for _, value in place]), strict=True)))
+    if len(top) != len(logprobs) or len(marginals) not in (0, len(logprobs)):
+        raise ValueError(
+            f"top and canvas_logprobs have {len(top)} and {len(marginals)} entries for {len(logprobs)} logprobs"
+        )
+    return Scored(_whole(data, "request"), _whole(data, "canvas"), logprobs, tuple(top), marginals)
+
+
+def _reals(values: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if value is None else float(value) for value in values)
 
 
 def _closing(file: BinaryIO) -> Iterator[bytes]:

@@ -91,7 +91,9 @@ def copied(cache: KVCache, lists: Lists, size: int, reach: int) -> KVCache:
     length = len(lists.marks)
     for start in range(max(0, length - min(reach, cache.slack)), length):
         block = cache.copy(start, length)
-        assert block is not None and [read(pair) for pair in block] == [lists.marks[start:]] * len(block)
+        assert block is not None
+        layers = [read(pair) for pair in cache._pieces(block)]
+        assert layers == [lists.marks[start:]] * lists.config.num_layers
     blocks = [cache.copy(start, min(start + size, length)) for start in range(0, length, size)]
     lost = [number for number, block in enumerate(blocks) if block is None]
     assert lost == list(range(len(lost)))  # the oldest first

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import accumulate
+from mmap import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dgemma.cache import KVCache, PrefixStore, prefix
+from dgemma.config import LayerConfig
 
 CONFIG = tiny_config(sliding_window=4)
 BLOCK = 3
@@ -187,9 +191,35 @@ def test_any_history_equals_the_naive_store(room: int, script: list[tuple[bool, 
     assert counters.kept_tokens - counters.evicted_tokens == store.tokens
 
 
-def test_tensors_of_a_block_are_no_views_of_a_cache() -> None:
+def test_a_block_is_a_copy_and_no_larger_than_it_must_be() -> None:
     cache = filled(range(6))
     block = cache.copy(3, 6)
-    assert block is not None
-    sizes: list[Tensor] = [tensor for pair in block for tensor in pair]
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in sizes)
+    assert block is not None and isinstance(block.memory, mmap)
+    assert len(block.memory) == sum(2 * 3 * layer.num_kv_heads * layer.head_dim * 4 for layer in CONFIG.layers)
+    for layer, shape in enumerate(CONFIG.layers):
+        cache.truncate(5)
+        cache.append(layer, *[torch.zeros(1, shape.num_kv_heads, shape.head_dim)] * 2)
+    twin = empty()
+    twin.load([block])
+    assert twin.prefix(1)[0][:, 0, 0].tolist() == marks(range(6))[3:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_what_is_evicted_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    wide = tiny_config(num_heads=8, layers=(LayerConfig(kind="full", num_kv_heads=8, head_dim=64),))
+    cache = KVCache(wide, torch.device("cpu"), torch.float32, 32)
+    cache.append(0, *[torch.ones(32, 8, 64)] * 2)
+    cache.advance(32)
+    store = PrefixStore(320 * 32, 32)
+    # Small things that stay, made between the blocks: in a common heap they would hold the memory of all of them.
+    others, before = list[Tensor](), resident()
+    for number in range(320):
+        store.put(ROOT, [number] * 32, cache)
+        others.append(torch.ones(100))
+    held = 320 * 32 * 2 * 8 * 64 * 4
+    assert resident() - before > 0.9 * held
+    del store
+    assert resident() - before < 0.1 * held

@@ -32,6 +32,8 @@ THIRD_PARTY = {
     "triton": {"kernels"},
     "fastapi": {"server"},
     "uvicorn": {"server"},
+    "prometheus_client": {"server"},
+    "ray": {"server"},
     "safetensors": {"checkpoint", "quant"},
     "huggingface_hub": {"checkpoint", "quant"},
     "gguf": {"checkpoint", "quant"},

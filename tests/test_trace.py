@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgemma.errors import DataError, RequestError
-from dgemma.events import Committed, Draft, Event, Finished
+from dgemma.events import Committed, Draft, Event, Finished, Scored
 from dgemma.trace import ENTROPY_DECIMALS, VERSION, Header, Moment, TraceReader, TraceWriter, create
 
 HEADER = Header(
@@ -67,9 +67,14 @@ def entropies() -> st.SearchStrategy[float]:
     return st.floats(0, 12).map(lambda value: round(value, ENTROPY_DECIMALS))
 
 
+def scored(places: list[tuple[float, list[tuple[int, float]], float]]) -> Scored:
+    logprobs, top, marginals = zip(*places, strict=True) if places else ((), (), ())
+    return Scored(1, 0, tuple(logprobs), tuple(map(tuple, top)), tuple(marginals))
+
+
 @st.composite
 def any_events(draw: st.DrawFn) -> list[Event]:
-    ids, whole = st.integers(0, 300_000), st.integers(0, 10_000)
+    ids, whole, nats = st.integers(0, 300_000), st.integers(0, 10_000), st.floats(-100, 0)
     events: list[Event] = []
     for _ in range(draw(st.integers(0, 8))):
         width = draw(st.integers(1, 5))
@@ -83,6 +88,7 @@ def any_events(draw: st.DrawFn) -> list[Event]:
                 st.one_of(
                     st.builds(Draft, some, some, whole, whole, temperature, row, row, marks, heats),
                     st.builds(Committed, some, some, row, whole, st.sampled_from(["stable", "cap", "ar"])),
+                    st.lists(st.tuples(nats, st.lists(st.tuples(ids, nats), max_size=3), nats), max_size=4).map(scored),
                     st.builds(Finished, some, st.just("stop"), whole, whole, whole, row, whole),
                 )
             )
@@ -118,6 +124,14 @@ def test_entropies_are_rounded_and_nan_survives() -> None:
     assert isinstance(got.event, Draft) and math.isnan(got.event.entropy[0])
 
 
+def test_scores_that_are_no_numbers_survive() -> None:
+    event = Scored(1, 2, (-0.25, math.nan), (((3, -0.25), (7, math.nan)), ()), ())
+    text = written([Moment(0.0, event)])
+    assert "NaN" not in text
+    (got,) = read(text)
+    assert repr(got.event) == repr(event)
+
+
 def test_a_trace_cut_between_lines_can_be_read() -> None:
     lines = written(MOMENTS).splitlines(keepends=True)
     for count in range(1, len(lines) + 1):
@@ -141,6 +155,19 @@ def changed(line: int, **changes: Any) -> str:
     return "\n".join(lines)
 
 
+def with_scored(**changes: Any) -> str:
+    """The trace with one more line, of log-probabilities."""
+    line = {
+        "type": "scored",
+        "seconds": 2,
+        "request": 1,
+        "canvas": 1,
+        "logprobs": [-0.5, None],
+        "top": [[[3, -0.5]], []],
+    }
+    return written(MOMENTS) + json.dumps(line | {"canvas_logprobs": [-1.5, -2.0]} | changes) + "\n"
+
+
 FAULTS = {
     "empty": ("", 1, "no dgemma trace"),
     "another file": ("{}", 1, "no dgemma trace"),
@@ -151,7 +178,7 @@ FAULTS = {
     "cut in a line": (written(MOMENTS)[:-30], 7, "no JSON"),
     "an array": (written(MOMENTS) + "[1]\n", 8, "must be a JSON object"),
     "deep": (written(MOMENTS) + "[" * 100_000 + "\n", 8, "no JSON"),
-    "unknown type": (changed(4, type="image"), 4, "type must be draft, committed or finished"),
+    "unknown type": (changed(4, type="image"), 4, "type must be draft, committed, scored or finished"),
     "field missing": (changed(2, step=None), 2, "'step' is missing"),
     "position outside": (changed(3, tokens=[[4, 1]]), 3, "names position 4 of a canvas of 4"),
     "accepted outside": (changed(3, accepted=[4]), 3, "names position 4"),
@@ -162,6 +189,10 @@ FAULTS = {
     "tokens no pairs": (changed(3, tokens=[1]), 3, "line 3"),
     "huge": (changed(3, width=10**12), 3, "entropy has 4 values"),
     "text no text": (changed(4, text=5), 4, "text and thought"),
+    "scores without alternatives": (with_scored(top=[[]]), 8, "top and canvas_logprobs have 1 and 2 entries for 2"),
+    "marginals of some": (with_scored(canvas_logprobs=[-1]), 8, "have 2 and 1 entries for 2 logprobs"),
+    "an alternative that is no token": (with_scored(top=[[[-1, 0.5]], []]), 8, "top must be a whole number"),
+    "scores that are no numbers": (with_scored(logprobs=["x", 0]), 8, "could not convert"),
     "time runs nowhere": (changed(4, seconds=-1), 4, "seconds must be"),
 }
 

@@ -14,7 +14,6 @@ import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from dgemma.bench.results import (
 )
 from dgemma.bench.runs import Ours, Side
 from dgemma.bench.tuned import TunedPeer
+from dgemma.checkpoint.files import find_folder
 from dgemma.config import GenerationConfig
 from dgemma.engine import Request, validate
 from dgemma.errors import DgemmaError
@@ -105,7 +105,7 @@ def _peers(
     llm: LLM, settings: DecodeSettings, canvas: int, stack: contextlib.ExitStack, say: Say
 ) -> list[Peer | MediumPeer | TunedPeer]:
     say("loading transformers")
-    folder = Path(settings.peer_model or llm.folder)
+    folder = find_folder(settings.peer_model)[0] if settings.peer_model else llm.folder
     dtype = getattr(torch, settings.peer_dtype) if settings.peer_dtype else llm.dtype
     peer = Peer(folder, llm.config, dtype, llm.device, canvas)
     peers: list[Peer | MediumPeer | TunedPeer] = [peer]

@@ -17,6 +17,7 @@ from dgemma.api import LLM
 from dgemma.bench.child import TUNED, Child
 from dgemma.bench.decode import prompts_of
 from dgemma.bench.machine import Machine
+from dgemma.checkpoint.files import find_folder
 from dgemma.config import GenerationConfig
 from dgemma.engine import Request, validate
 from dgemma.errors import DgemmaError, RequestError
@@ -109,7 +110,7 @@ def run_memory(llm: LLM, settings: MemorySettings, say: Callable[[str], object] 
     validate(Request(prompt=tuple(prompt), config=config, reuse=False), llm.config)
     plan: list[tuple[str, str, Path, bool]] = [("dgemma", "dgemma", llm.folder, False)]
     if settings.peer:
-        folder = Path(settings.peer_model or llm.folder)
+        folder = find_folder(settings.peer_model)[0] if settings.peer_model else llm.folder
         plan.append(("transformers", "transformers", folder, False))
         if settings.tuned:
             plan.append(("transformers (medium, tuned)", "transformers", folder, True))

@@ -80,7 +80,7 @@ class TableRun:
                 )  # fmt: skip
                 if kind == "int8dyn":
                     model = self.quantised(name)
-                    fixed += ("--model", model, "--peer-model", self.model(name), "--dtype", "float32", "--no-floor")
+                    fixed += ("--model", model, "--peer-model", self.model(name), "--dtype", "bfloat16", "--no-floor")
                 else:
                     fixed += ("--model", self.model(name), "--dtype", kind)
                 for threads in s.threads:

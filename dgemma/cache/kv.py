@@ -7,15 +7,28 @@ them stay readable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from mmap import mmap
 
 import torch
 from torch import Tensor
 
 from dgemma.config import ModelConfig
 
-Block = tuple[tuple[Tensor, Tensor], ...]
-"""Keys and values `[n, K, D]` of n consecutive tokens, layer by layer."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Copies of the keys and values of consecutive tokens, all layers end to end; `KVCache` knows the layout.
+
+    Blocks live long and end one by one. Tensors that do so, or only their headers, among the temporaries of passes
+    leave a heap full of holes; so on a CPU this is memory of its own, which goes back to the system whole.
+    """
+
+    tokens: int
+    memory: mmap | Tensor
+
 
 _FIRST = 64  # slots of a fresh buffer; doubled when full
 
@@ -95,24 +108,41 @@ class KVCache:
         assert 0 <= start < stop <= self.length
         if not self._holds(start):
             return None
-        # A part that does not wrap is a view of the buffer.
-        return tuple((k.clone(), v.clone()) for k, v in (layer.read(start, stop) for layer in self._layers))
+        block = Block(stop - start, self._block_memory(stop - start))
+        for (k, v), layer in zip(self._pieces(block), self._layers, strict=True):
+            old_k, old_v = layer.read(start, stop)
+            k.copy_(old_k)
+            v.copy_(old_v)
+        return block
 
     def load(self, blocks: Sequence[Block]) -> None:
         """Fill an empty cache with the tokens of consecutive `blocks`, the first of which begins at position 0."""
         assert self.length == 0
-        sizes = [block[0][0].shape[0] for block in blocks]
-        tokens = sum(sizes)
-        for index, store in enumerate(self._layers):
-            first = 0 if store.slots is None else max(0, tokens - store.slots)
-            start = 0
-            for block, size in zip(blocks, sizes, strict=True):
+        tokens, start = sum(block.tokens for block in blocks), 0
+        for block in blocks:
+            for store, (k, v) in zip(self._layers, self._pieces(block), strict=True):
+                first = 0 if store.slots is None else max(0, tokens - store.slots)
                 skipped = max(0, first - start)
-                if skipped < size:
-                    k, v = block[index]
+                if skipped < block.tokens:
                     store.write(start + skipped, k[skipped:], v[skipped:])
-                start += size
+            start += block.tokens
         self.length = tokens
+
+    def _block_memory(self, tokens: int) -> mmap | Tensor:
+        count = sum(2 * tokens * math.prod(store.empty.shape[1:]) for store in self._layers)
+        empty = self._layers[0].empty
+        return mmap(-1, count * empty.element_size()) if empty.device.type == "cpu" else empty.new_empty(count)
+
+    def _pieces(self, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values `[n, K, D]` of a block, layer by layer; writing to them writes to the block."""
+        memory = block.memory
+        flat = memory if isinstance(memory, Tensor) else torch.frombuffer(memory, dtype=self._layers[0].empty.dtype)
+        start = 0
+        for store in self._layers:
+            shape = (block.tokens, *store.empty.shape[1:])
+            size = math.prod(shape)
+            yield flat[start : start + size].view(shape), flat[start + size : start + 2 * size].view(shape)
+            start += 2 * size
 
     def _holds(self, start: int) -> bool:
         """Whether no ring has overwritten position `start` or a later one."""
@@ -143,7 +173,7 @@ class _Layer:
     def __init__(self, slots: int | None, empty: Tensor, most: int | None) -> None:
         self.slots, self._most = slots, most
         self.written = 0
-        self._k = self._v = empty
+        self.empty = self._k = self._v = empty
 
     def write(self, start: int, k: Tensor, v: Tensor) -> None:
         self._reserve(start + k.shape[0])

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgemma.cli import bench_serve
 from dgemma.cli.arguments import add_generation, add_loading, settings_of
 from dgemma.cli.output import note, write
 from dgemma.cli.report import Outcome, Say, add_output, check_output, deliver, telling
@@ -299,6 +300,7 @@ _BENCHMARKS: tuple[tuple[str, str, str, _Add, _Job], ...] = (
         "Our engine alone, on fixed steps.", _add_scaling, _scaling,
     ),
     ("start", "seconds from the start of a process to its first draft", "Our engine alone.", _add_start, _start),
+    (bench_serve.NAME, bench_serve.HELP, bench_serve.DESCRIPTION, bench_serve.add_arguments, bench_serve.run),
     ("make", "write a checkpoint of random weights to measure with", "Its text is noise.", _add_make, _make),
     (
         "table", "the whole table: every checkpoint, format and number of threads",

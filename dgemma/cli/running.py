@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dgemma.cli.output import Display
-from dgemma.config import GenerationConfig
+from dgemma.config import EngineConfig, GenerationConfig
 from dgemma.errors import RequestError
 from dgemma.settings import Settings
 from dgemma.trace import Header, Moment, TraceWriter
@@ -19,13 +19,19 @@ if TYPE_CHECKING:
     from dgemma.api import LLM
 
 
-def load(settings: Settings) -> LLM:
+def load(settings: Settings, engine: EngineConfig | None = None) -> LLM:
     """The model of the settings. In a terminal something turns meanwhile."""
     with _busy(f"loading {settings.model} …"):
         from dgemma.api import LLM
 
         _check_device(settings.device)
-        return LLM.load(settings.model, device=settings.device, dtype=settings.dtype, threads=settings.threads)
+        return LLM.load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            engine=engine or EngineConfig(),
+        )
 
 
 def _check_device(device: str) -> None:

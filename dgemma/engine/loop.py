@@ -98,6 +98,11 @@ class Engine:
         self._snapshot()
         return end
 
+    def standing(self, request: int) -> tuple[int, int] | None:
+        """Reused tokens and encode passes of a running request, as `Finished` will tell them; between ticks."""
+        state = self._running.get(request)
+        return None if state is None else (state.cached_tokens, state.encode_passes)
+
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
