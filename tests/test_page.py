@@ -143,6 +143,8 @@ def test_self_corrections_flash_unless_motion_is_reduced(reader: Callable[..., R
         drafts = drafts_of(recorded(url, one.record()["traceId"]))
         canvas, step = next((c, s) for c, some in drafts.items() for s in range(1, len(some)) if corrections(some, s))
         one.show(canvas, step - 1)
+        # What flashed on the way there is over.
+        one.page.wait_for_function("() => !document.getAnimations().some(one => !(one instanceof CSSTransition))")
         # Counted in the same task as the step is taken: a flash lasts less than a slow machine's pause.
         flashes[motion] = one.page.evaluate(
             """() => { document.querySelector('[aria-label="Next step"]').click();
