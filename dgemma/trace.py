@@ -10,10 +10,11 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from dgemma.config import GenerationConfig
 from dgemma.errors import DataError, RequestError
 from dgemma.events import Committed, Draft, Event, Finished, Scored
 
@@ -43,6 +44,19 @@ class Header:
     prompt_tokens: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     blank: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(model: str, config: GenerationConfig, prompt: str, prompt_tokens: tuple[int, ...]) -> Header:
+        """The header of a request with that configuration."""
+        return Header(
+            model=model,
+            seed=config.seed,
+            mode=config.mode,
+            prompt=prompt,
+            prompt_tokens=prompt_tokens,
+            settings=asdict(config),
+            blank=config.blank_tokens,
+        )
 
 
 def create(path: str | Path) -> TextIO:

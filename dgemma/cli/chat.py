@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgemma.cli.arguments import add_generation, add_loading, add_screen, decode, settings_of
 from dgemma.cli.output import complain, display_for, note, summarise, summary, write
-from dgemma.cli.running import blank_ids, load, play
+from dgemma.cli.running import load, play
 from dgemma.errors import DgemmaError, RequestError
 from dgemma.settings import OPTIONS, Settings
 from dgemma.view import Progress, moments
@@ -109,7 +109,7 @@ class Conversation:
             live=not self._arguments.no_live,
             quiet=self._arguments.quiet,
             piece=self._piece,
-            blank=blank_ids(config),
+            blank=config.blank_tokens,
         )
         told = moments(events, self._llm.tokenizer, config.stop_tokens, split_thoughts=True)
         progress = Progress()

@@ -9,9 +9,9 @@ from typing import Any
 
 from dgemma.cli.arguments import add_generation, add_loading, add_screen, settings_of, text_of
 from dgemma.cli.output import Silent, display_for, summarise, summary, write_json
-from dgemma.cli.running import blank_ids, load, play, trace_header
+from dgemma.cli.running import load, play
 from dgemma.config import GenerationConfig
-from dgemma.trace import TraceWriter, create
+from dgemma.trace import Header, TraceWriter, create
 from dgemma.view import Progress, moments
 
 NAME = "generate"
@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         config = llm.generation.with_(**settings.generation)
         ids = tuple(llm.encode_prompt(prompt))
         piece = functools.cache(llm.tokenizer.piece)
-        writer = TraceWriter(file, trace_header(llm, config, prompt, ids), piece) if file else None
-        blank = blank_ids(config)
+        writer = TraceWriter(file, Header.of(llm.name, config, prompt, ids), piece) if file else None
+        blank = config.blank_tokens
         display = (
             Silent()
             if arguments.json

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Generator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dgemma.cli.output import Display
-from dgemma.config import EngineConfig, GenerationConfig
+from dgemma.config import EngineConfig
 from dgemma.errors import RequestError
 from dgemma.settings import Settings
-from dgemma.trace import Header, Moment, TraceWriter
+from dgemma.trace import Moment, TraceWriter
 from dgemma.view import Progress
 
 if TYPE_CHECKING:
@@ -52,23 +51,6 @@ def play(moments: Generator[Moment], display: Display, progress: Progress, write
             if writer:
                 writer.write(moment)
             display.show(moment, progress)
-
-
-def blank_ids(config: GenerationConfig) -> tuple[int, ...]:
-    """Ids that end an answer or fill what is behind its end."""
-    return tuple(sorted({*config.stop_tokens, config.pad_token}))
-
-
-def trace_header(llm: LLM, config: GenerationConfig, prompt: str, prompt_tokens: tuple[int, ...]) -> Header:
-    return Header(
-        model=llm.name,
-        seed=config.seed,
-        mode=config.mode,
-        prompt=prompt,
-        prompt_tokens=prompt_tokens,
-        settings=asdict(config),
-        blank=blank_ids(config),
-    )
 
 
 def _busy(what: str) -> contextlib.AbstractContextManager[object]:

@@ -111,6 +111,11 @@ class GenerationConfig:
         """Tokens that `logit_bias` bans."""
         return frozenset(token for token, bias in self.logit_bias if bias <= BAN)
 
+    @property
+    def blank_tokens(self) -> tuple[int, ...]:
+        """Tokens that end an answer or fill what is behind its end, ascending."""
+        return tuple(sorted({*self.stop_tokens, self.pad_token}))
+
     def with_(self, **changes: Any) -> GenerationConfig:
         """A copy with `changes`; an unknown name is a `RequestError` that lists the known ones."""
         known = {field.name for field in fields(self)}

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from dgemma.server.bodies import JsonRoute
 from dgemma.server.choice import Told
-from dgemma.server.common import Lines, chat_logprobs, respond, service_of, wanted, wants_usage
+from dgemma.server.common import Lines, chat_logprobs, frame_of, respond, service_of, wanted, wants_usage
 from dgemma.server.errors import invalid
 from dgemma.server.job import Answer, Job
 from dgemma.server.params import encoded_chat, overrides, requests
@@ -54,17 +54,6 @@ def thinking(service: Service, effort: str | None, field: str) -> dict[str, Any]
     return {"enable_thinking": True}
 
 
-def _frame(job: Job, kind: str, created: int) -> dict[str, Any]:
-    service = job.service
-    return {
-        "id": job.name,
-        "object": kind,
-        "created": created,
-        "model": service.llm.name,
-        "system_fingerprint": service.fingerprint,
-    }
-
-
 def _whole(job: Job, answers: Sequence[Answer], created: int) -> dict[str, Any]:
     choices = []
     for index, answer in enumerate(answers):
@@ -73,11 +62,11 @@ def _whole(job: Job, answers: Sequence[Answer], created: int) -> dict[str, Any]:
             message["reasoning_content"] = answer.thought
         logprobs = None if job.wanted.top is None else chat_logprobs(job.service, answer.scores)
         choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish})
-    return _frame(job, "chat.completion", created) | {"choices": choices, "usage": job.usage, "dgemma": job.facts}
+    return frame_of(job, "chat.completion", created) | {"choices": choices, "usage": job.usage, "dgemma": job.facts}
 
 
 async def _events(job: Job, created: int, usage: bool) -> AsyncGenerator[bytes]:
-    frame = _frame(job, "chat.completion.chunk", created)
+    frame = frame_of(job, "chat.completion.chunk", created)
     lines = Lines(job)
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:

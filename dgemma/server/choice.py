@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dgemma.config import GenerationConfig
@@ -74,7 +74,7 @@ class Choice:
         self.index, self.request = index, request
         self.end: Finished | None = None
         self.open = False
-        self.header = _header(service, request.config, prompt, request.prompt)
+        self.header = Header.of(service.llm.name, request.config, prompt, request.prompt)
         self.lines: list[str] = []
         """The recorded trace so far, if one was asked for."""
         self._service, self._wanted, self._listener = service, wanted, listener
@@ -212,20 +212,3 @@ class Choice:
             self.lines.append(as_text(self._recorder.line(moment)))
         if self._wanted.drafts:
             self._listener.tell(Told(self.index, moment))
-
-
-def _header(service: Service, config: GenerationConfig, prompt: str, ids: tuple[int, ...]) -> Header:
-    return Header(
-        model=service.llm.name,
-        seed=config.seed,
-        mode=config.mode,
-        prompt=prompt,
-        prompt_tokens=ids,
-        settings=asdict(config),
-        blank=blank_ids(config),
-    )
-
-
-def blank_ids(config: GenerationConfig) -> tuple[int, ...]:
-    """Ids that end an answer or fill what is behind its end."""
-    return tuple(sorted({*config.stop_tokens, config.pad_token}))

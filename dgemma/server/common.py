@@ -83,6 +83,18 @@ def count(request: Request, job: Job) -> None:
     request.scope["state"]["tokens"] = [usage["prompt_tokens"], usage["completion_tokens"]]
 
 
+def frame_of(job: Job, kind: str, created: int) -> dict[str, Any]:
+    """What every object and chunk of an answer carries; `kind` is its `object`."""
+    service = job.service
+    return {
+        "id": job.name,
+        "object": kind,
+        "created": created,
+        "model": service.llm.name,
+        "system_fingerprint": service.fingerprint,
+    }
+
+
 class Lines:
     """The trace lines of watched answers, as the `dgemma` of a chunk."""
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from dgemma.server.bodies import JsonRoute
 from dgemma.server.choice import TokenScore, Told
-from dgemma.server.common import Lines, respond, service_of, token_text, wanted, wants_usage
+from dgemma.server.common import Lines, frame_of, respond, service_of, token_text, wanted, wants_usage
 from dgemma.server.job import Answer, Job
 from dgemma.server.params import encoded_prompt, overrides, requests
 from dgemma.server.schemas_completions import CompletionRequest
@@ -42,17 +42,6 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     )
 
 
-def _frame(job: Job, created: int) -> dict[str, Any]:
-    service = job.service
-    return {
-        "id": job.name,
-        "object": "text_completion",
-        "created": created,
-        "model": service.llm.name,
-        "system_fingerprint": service.fingerprint,
-    }
-
-
 def _whole(job: Job, answers: Sequence[Answer], created: int) -> dict[str, Any]:
     choices = [
         {
@@ -63,11 +52,11 @@ def _whole(job: Job, answers: Sequence[Answer], created: int) -> dict[str, Any]:
         }
         for index, answer in enumerate(answers)
     ]
-    return _frame(job, created) | {"choices": choices, "usage": job.usage, "dgemma": job.facts}
+    return frame_of(job, "text_completion", created) | {"choices": choices, "usage": job.usage, "dgemma": job.facts}
 
 
 async def _events(job: Job, created: int, usage: bool) -> AsyncGenerator[bytes]:
-    frame, lines = _frame(job, created), Lines(job)
+    frame, lines = frame_of(job, "text_completion", created), Lines(job)
     offsets = [0] * len(job.choices)
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from dgemma.diffusion.samplers import SAMPLERS
-from dgemma.server.choice import blank_ids
 from dgemma.server.common import service_of
 from dgemma.server.errors import ApiError
 from dgemma.server.metrics import CONTENT_TYPE
@@ -76,6 +75,6 @@ def _model(service: Service) -> dict[str, Any]:
             "demo": llm.demo,
             "samplers": list(SAMPLERS),
             "generation": {name: values[name] for name in fields},
-            "blank": list(blank_ids(llm.generation)),
+            "blank": list(llm.generation.blank_tokens),
         },
     }
