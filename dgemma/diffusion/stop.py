@@ -80,7 +80,7 @@ def mean_entropy(entropy: Tensor, valid: Tensor, width: Tensor) -> Tensor:
     """Mean of `entropy [R, C]` over valid positions, float32 `[R]`; padding and other rows change no bit."""
     # A running sum passes zeros unchanged; torch's sum regroups with the width.
     total = entropy.double().masked_fill(~valid, 0.0).cumsum(dim=-1)[:, -1]
-    return (total / width).float()
+    return (total / width.clamp(min=1)).float()
 
 
 def stopped_hf(history: History, entropy: Tensor, rule: StopRule) -> Tensor:

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dgemma import kernels
-from dgemma.config import GenerationConfig
 from dgemma.diffusion.noise import draw_uniforms, step_noise
 from dgemma.diffusion.protocol import Noise, Rows, Stats, Step
 from dgemma.diffusion.samplers import get_sampler
 from dgemma.diffusion.schedule import temperature
 from dgemma.diffusion.stop import History, StopRule, should_stop
+from dgemma.engine.attend import spans
 from dgemma.engine.request import Canvas, State
-from dgemma.engine.runner import Draws, Shape
+from dgemma.engine.runner import Draws
+from dgemma.engine.shapes import shapes
 
 
 class CanvasBatch:
@@ -27,7 +28,7 @@ class CanvasBatch:
 
     def __init__(self, states: Sequence[State], vocab: int, device: torch.device) -> None:
         self._vocab, self._device = vocab, device
-        self._configs = [state.config for state in states]
+        self._states, self._configs = states, [state.config for state in states]
         self.canvases: list[Canvas] = []
         for state in states:
             assert state.canvas is not None
@@ -52,7 +53,8 @@ class CanvasBatch:
             uniforms=torch.cat(uniforms),
             draw_temperature=self._packed(self._column([c.temperature for c in self._configs], torch.float32)),
             top_k=self._packed(self._column([c.top_k for c in self._configs], torch.int64)),
-            shapes=[_shape(*pair) for pair in zip(self._configs, self.canvases, strict=True)],
+            shapes=[shapes(state, self._vocab, self._device) for state in self._states],
+            pins=self._pins(),
         )
 
     def finish(self, out: kernels.VocabStats) -> tuple[Stats, list[Step], list[bool]]:
@@ -82,16 +84,31 @@ class CanvasBatch:
 
     def _rows(self) -> Rows:
         width = self._column(self.widths, torch.int64)
+        # A pinned position is like padding: nothing is decided or measured there.
+        valid = torch.arange(max(self.widths), device=self._device) < width[:, None]
+        for row, canvas in enumerate(self.canvases):
+            valid[row, list(canvas.pins)] = False
         return Rows(
             canvas=self._padded([canvas.ids for canvas in self.canvases]),
-            valid=torch.arange(max(self.widths), device=self._device) < width[:, None],
-            width=width,
+            valid=valid,
+            width=valid.sum(dim=-1),
             step=self._column([canvas.step for canvas in self.canvases], torch.int64),
             steps=self._column([config.max_denoising_steps for config in self._configs], torch.int64),
             entropy_bound=self._column([config.entropy_bound for config in self._configs], torch.float32),
             accept_confidence=self._column([config.accept_confidence for config in self._configs], torch.float32),
             vocab=self._vocab,
         )
+
+    def _pins(self) -> tuple[Tensor, Tensor] | None:
+        pairs = [
+            (span.start + place, token)
+            for span, canvas in zip(spans(self.widths), self.canvases, strict=True)
+            for place, token in canvas.pins.items()
+        ]
+        if not pairs:
+            return None
+        rows, tokens = zip(*pairs, strict=True)
+        return self._column(rows, torch.int64), self._column(tokens, torch.int64)
 
     def _noise(self) -> Noise:
         keys = zip(self._configs, self.canvases, self.widths, strict=True)
@@ -109,7 +126,3 @@ class CanvasBatch:
 
     def _padded(self, parts: Sequence[Tensor]) -> Tensor:
         return pad_sequence(list(parts), batch_first=True)
-
-
-def _shape(config: GenerationConfig, canvas: Canvas) -> Shape | None:
-    return Shape(canvas.bias, config.top_p) if canvas.bias is not None or config.top_p < 1 else None

@@ -259,19 +259,23 @@ class Engine:
         # HF commits the argmax; JAX commits the sampled and renoised canvas.
         final = argmax = stats.argmax[row, : canvas.width]
         if state.config.convention == "jax":
-            final = step.canvas
-            if canvas.bias is not None:  # fresh noise may hit a banned token, which is committed by nobody
-                final = torch.where(canvas.bias[final] == -torch.inf, argmax, final)
+            # Fresh noise may hit a banned token, which is committed by nobody.
+            final = torch.where(canvas.bans(step.canvas, state.config.stop_tokens), argmax, step.canvas)
         state.steps.append(taken)
         state.canvas = None
-        committed = self._commit(state, canvas.index, final.tolist(), taken, "stable" if stable else "cap")
+        committed = self._commit(
+            state, canvas.index, final.tolist(), taken, "stable" if stable else "cap", canvas.reach
+        )
         if state.scoring:
             state.scoring.commit(self.runner, canvas.index, committed.tokens, hidden)
         return [committed, *self._end(state)]
 
-    def _commit(self, state: State, canvas: int, tokens: Sequence[int], steps: int, stop: str) -> Committed:
-        """Make tokens final: cut at the first end token (which stays) and at the budget."""
-        kept, ended = finalise(tokens, state.config.stop_tokens)
+    def _commit(
+        self, state: State, canvas: int, tokens: Sequence[int], steps: int, stop: str, reach: int = 0
+    ) -> Committed:
+        """Make tokens final: cut at the first end token from place `reach` on (it stays) and at the budget."""
+        kept, ended = finalise(tokens[reach:], state.config.stop_tokens)
+        kept = (*tokens[:reach], *kept)
         if len(kept) > state.room:
             kept, ended = kept[: state.room], False
         state.ids.extend(kept)

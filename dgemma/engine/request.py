@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dgemma.cache import KVCache
 from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.control import NOISE, NOTHING, Control
 from dgemma.diffusion.noise import first_canvas
 from dgemma.diffusion.samplers import get_sampler
 from dgemma.diffusion.stop import History
@@ -36,6 +38,7 @@ class Request:
     watch: bool = False
     reuse: bool = True
     logprobs: int | None = None
+    control: Control = NOTHING
 
     @property
     def starts_from_last(self) -> bool:
@@ -48,7 +51,8 @@ class Canvas:
     """One canvas being denoised: `ids [C]` is what the next step reads, `step` its number, counted down N..1.
 
     `soft [C, H]` is the previous prediction's embedding, None before the first step. `bias [V]` is what the request
-    adds to the logits of all its steps, None if nothing.
+    adds to the logits of all its steps, None if nothing. `pins` are tokens by position; before position `reach`
+    no end token may stand.
     """
 
     index: int
@@ -57,10 +61,21 @@ class Canvas:
     history: History
     soft: Tensor | None = None
     bias: Tensor | None = None
+    pins: dict[int, int] = field(default_factory=dict)
+    reach: int = 0
 
     @property
     def width(self) -> int:
         return self.ids.shape[0]
+
+    def bans(self, tokens: Tensor, stop_tokens: Sequence[int]) -> Tensor:
+        """Which of `tokens [C]` may not stand where they do, pinned ones aside."""
+        early = torch.arange(self.width, device=tokens.device) < self.reach
+        banned = early & torch.isin(tokens, torch.tensor(stop_tokens, dtype=tokens.dtype, device=tokens.device))
+        if self.bias is not None:
+            banned |= self.bias[tokens] == -torch.inf
+        banned[list(self.pins)] = False
+        return banned
 
 
 @dataclass
@@ -120,8 +135,20 @@ class State:
         """Begin the next canvas from pure noise."""
         config, index, width = self.config, len(self.steps), self.next_width(model)
         ids = first_canvas(config.seed, config.choice, index, width, model.vocab_size, device)
-        bias = bias_row(config, self.counts, model.vocab_size, device)
-        self.canvas = Canvas(index, ids, config.max_denoising_steps, History.start(ids[None]), bias=bias)
+        control, start = self.request.control, self.completion
+        draft = torch.tensor(control.draft_of(start, width), dtype=ids.dtype, device=device)
+        ids[: len(draft)] = torch.where(draft == NOISE, ids[: len(draft)], draft)
+        pins = control.pins_of(start, width)
+        ids[list(pins)] = torch.tensor(list(pins.values()), dtype=ids.dtype, device=device)
+        self.canvas = Canvas(
+            index,
+            ids,
+            config.max_denoising_steps,
+            History.start(ids[None]),
+            bias=bias_row(config, self.counts, model.vocab_size, device),
+            pins=pins,
+            reach=min(max(0, control.reach - start), width),
+        )
         return self.canvas
 
 
@@ -180,6 +207,7 @@ def validate(request: Request, model: ModelConfig) -> None:
             raise RequestError(f"logit_bias names token {token}; the vocabulary has ids 0..{model.vocab_size - 1}")
     if len(config.banned) == model.vocab_size:
         raise RequestError(f"logit_bias bans all {model.vocab_size} tokens of the vocabulary; it must leave at least 1")
+    request.control.check(config, model.vocab_size)
     asked = request.logprobs
     if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or not 0 <= asked <= MOST):
         raise RequestError(f"logprobs must be a whole number of 0 to {MOST}, or None for none; got {asked!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,26 +27,37 @@ class Counters:
     denoised_tokens: int = 0
 
 
-@dataclass(frozen=True)
+Predict = Callable[..., kernels.VocabStats]
+"""Takes what `kernels.vocab` takes."""
+
+
+@dataclass(frozen=True, eq=False)
 class Shape:
-    """What a request does to the whole prediction of its canvas: `bias [V]`, top-p (1: nothing)."""
+    """What a request does to the prediction at some positions of its canvas, at all of them if `places` is None.
+
+    `bias [V]`, top-p (1: nothing), and `predict` instead of the vocabulary op, for who needs to see them together.
+    """
 
     bias: Tensor | None
     top_p: float
+    places: Tensor | None = None
+    predict: Predict | None = None
 
 
 @dataclass(frozen=True)
 class Draws:
     """How each of the T canvas positions of a batch draws; see `kernels.vocab` for shapes and meaning.
 
-    `shapes` has an entry a canvas, None for those whose prediction is left as it is; empty if all are.
+    `shapes` are of each canvas, with no position in two of them. `pins` are positions of the batch and the tokens that
+    they hold, whatever the network thinks of them; `[P]` each.
     """
 
     temperature: Tensor
     uniforms: Tensor
     draw_temperature: Tensor
     top_k: Tensor
-    shapes: Sequence[Shape | None] = ()
+    shapes: Sequence[Sequence[Shape]] = ()
+    pins: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,10 @@ class Runner:
             self._stack,
         )
         self._count(denoise_passes=1, denoised_tokens=sum(counts))
-        return Prediction(**self._predict(hidden, draws, counts), hidden=hidden)
+        stats = self._predict(hidden, draws, counts)
+        if draws.pins is not None:
+            self._pin(stats, *draws.pins)
+        return Prediction(**stats, hidden=hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -107,14 +121,19 @@ class Runner:
         return self.model.logits(hidden)
 
     def _predict(self, hidden: Tensor, draws: Draws, counts: Sequence[int]) -> dict[str, Tensor]:
-        """The statistics; canvases with a shape apart, each by itself, so that no row depends on who is there."""
+        """The statistics; positions with a shape apart, canvas by canvas, so that no row depends on who is there."""
         if not any(draws.shapes):
             return self._vocab(hidden, draws, slice(None))
-        places = [torch.arange(span.start, span.stop, device=self.device) for span in spans(counts)]
-        pairs = list(zip(places, draws.shapes, strict=True))
-        plain = [place for place, shape in pairs if shape is None]
-        groups: list[tuple[Tensor, Shape | None]] = [(torch.cat(plain), None)] if plain else []
-        groups += [(place, shape) for place, shape in pairs if shape is not None]
+        every = torch.arange(len(hidden), device=self.device)
+        shaped = [
+            (every[span] if shape.places is None else span.start + shape.places, shape)
+            for span, shapes in zip(spans(counts), draws.shapes, strict=True)
+            for shape in shapes
+        ]
+        plain = torch.ones_like(every, dtype=torch.bool)
+        plain[torch.cat([rows for rows, _ in shaped])] = False
+        groups: list[tuple[Tensor, Shape | None]] = [(every[plain], None)] if bool(plain.any()) else []
+        groups += shaped
         parts = [self._vocab(hidden, draws, rows, shape) for rows, shape in groups]
         back = torch.cat([rows for rows, _ in groups]).argsort()
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
@@ -124,7 +143,8 @@ class Runner:
     ) -> dict[str, Tensor]:
         temperature = draws.temperature[rows]
         bias, top_p = (shape.bias, shape.top_p) if shape else (None, 1.0)
-        stats = kernels.vocab(
+        predict = (shape.predict if shape else None) or kernels.vocab
+        stats = predict(
             hidden[rows],
             self._head,
             self.model.config.softcap,
@@ -136,6 +156,14 @@ class Runner:
             top_p=torch.full_like(temperature, top_p, dtype=torch.float64) if top_p < 1 else None,
         )
         return {field.name: getattr(stats, field.name) for field in fields(stats)}
+
+    def _pin(self, stats: dict[str, Tensor], rows: Tensor, tokens: Tensor) -> None:
+        """Make the prediction at `rows` a certain one, in place."""
+        for name in ("entropy", "top_logprob", "draw_logprob"):
+            stats[name][rows] = 0.0
+        for name in ("argmax", "draw"):
+            stats[name][rows] = tokens
+        stats["soft"][rows] = self.model.embed.weight[tokens].to(stats["soft"].dtype)
 
     def _signal(self, softs: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
         if all(soft is None for soft in softs):
