@@ -83,7 +83,7 @@ def test_unknown_checkpoints_are_refused(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.fixture(scope="module")
 def report(llm: LLM) -> ScalingReport:
     settings = ScalingSettings(
-        prompts=(8, 20, 20_000), canvases=(1, 2), batches=(1, 3), answers=(8, 32), vocabularies=(300, 600),
+        prompts=(40, 200, 20_000), canvases=(1, 2), batches=(1, 3), answers=(8, 32), vocabularies=(300, 600),
         narrow_width=8, prompt_tokens=12, canvas=32, steps=3, repeats=1,
     )  # fmt: skip
     return run_scaling(llm, settings)
@@ -92,12 +92,12 @@ def report(llm: LLM) -> ScalingReport:
 def test_sweeps_do_the_work_they_name(report: ScalingReport) -> None:
     tokens = {sweep: [p.tokens for p in report.sweep(sweep)] for sweep in report.settings.sweeps}
     assert tokens == {
-        "prompt": [32, 32], "canvases": [32, 64], "batch": [32, 96], "narrow": [8, 24], "answer": [8, 32],
-        "vocabulary": [32, 32],
+        "prompt": [32, 32], "again": [32, 32], "canvases": [32, 64], "batch": [32, 96], "narrow": [8, 24],
+        "answer": [8, 32], "vocabulary": [32, 32],
     }  # fmt: skip
     assert [p.rows for p in report.sweep("batch")] == [32, 96] and [p.rows for p in report.sweep("narrow")] == [8, 24]
-    (left_out,) = report.skipped
-    assert left_out.startswith("prompt 20000: ") and "16384" in left_out
+    assert [left_out.split(": ")[0] for left_out in report.skipped] == ["prompt 20000", "again 20000"]
+    assert all("16384" in left_out for left_out in report.skipped)
 
 
 def test_relative_is_to_the_first_value(report: ScalingReport) -> None:
@@ -109,6 +109,11 @@ def test_relative_is_to_the_first_value(report: ScalingReport) -> None:
         for point in (first, last):
             assert 0 < point.ms_per_step < 1000 * point.seconds
             assert 0 < point.ms_prompt < 1000 * point.seconds
+
+
+def test_a_prompt_that_was_encoded_before_costs_less(llm: LLM, report: ScalingReport) -> None:
+    assert llm.engine.prefix_counters.reused_tokens >= 32 + 192, "whole blocks of both prompts"
+    assert report.sweep("again")[1].ms_prompt < report.sweep("prompt")[1].ms_prompt
 
 
 def test_chart_and_tables_show_every_point(report: ScalingReport) -> None:

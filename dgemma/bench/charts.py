@@ -20,7 +20,8 @@ from dgemma.bench.svg import Svg
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 300, 150, 60, 76, 70
 _COLUMNS = 2
 _TITLES = {
-    "prompt": ("prompt tokens", "ms of a step"),
+    "prompt": ("prompt tokens", "ms to the first draft"),
+    "again": ("prompt tokens, encoded before", "ms to the first draft"),
     "canvases": ("canvases, one after another", "seconds"),
     "batch": ("whole canvases in a batch", "tokens per second"),
     "narrow": ("narrow canvases in a batch", "tokens per second"),
@@ -147,4 +148,7 @@ def _panel(svg: Svg, x: float, y: float, sweep: str, points: Sequence[Point]) ->
 
 def _height(sweep: str, point: Point) -> float:
     unit = _TITLES[sweep][1]
-    return {"ms of a step": point.ms_per_step, "seconds": point.seconds}.get(unit, point.tokens_per_second)
+    values = {
+        "ms of a step": point.ms_per_step, "ms to the first draft": point.ms_prompt, "seconds": point.seconds
+    }  # fmt: skip
+    return values.get(unit, point.tokens_per_second)

@@ -22,15 +22,15 @@ from dgemma.engine.request import max_canvas
 from dgemma.errors import RequestError
 
 FORMAT, VERSION = "dgemma-bench-scaling", 1
-SWEEPS = ("prompt", "canvases", "batch", "narrow", "answer", "vocabulary")
+SWEEPS = ("prompt", "again", "canvases", "batch", "narrow", "answer", "vocabulary")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingSettings:
     """What to vary, and over which values; what a sweep does not vary is `prompt_tokens` and one canvas.
 
-    `batch` takes whole canvases, `narrow` ones of `narrow_width`; `answer` asks for so many tokens, and
-    the engine takes a narrow canvas for a short answer.
+    `again` takes the prompts of `prompt` again, after they were encoded; `batch` takes whole canvases, `narrow` ones
+    of `narrow_width`; `answer` asks for so many tokens, and the engine takes a narrow canvas for a short answer.
     """
 
     sweeps: tuple[str, ...] = SWEEPS
@@ -59,7 +59,8 @@ class ScalingSettings:
 class Point:
     """One value of a sweep: medians. `relative` compares tokens per second with those of the sweep's first value.
 
-    `ms_per_step` is of a whole pass, every canvas of the batch in it, `ms_prompt` of all ticks that encode prompts.
+    `ms_per_step` is of a whole pass, every canvas of the batch in it, `ms_prompt` of all ticks
+    that encode prompts, the last of which ends with the first draft.
     """
 
     sweep: str
@@ -136,9 +137,9 @@ def _jobs(sweep: str, llm: LLM, settings: ScalingSettings, canvas: int) -> Itera
         max_new_tokens=canvas, canvas_length=canvas, max_denoising_steps=settings.steps, stability_threshold=None,
         confidence_threshold=None, stop_tokens=(), mode="diffusion",
     )  # fmt: skip
-    if sweep == "prompt":
+    if sweep in ("prompt", "again"):
         for tokens in settings.prompts:
-            yield _Job(tokens, engine, _requests(llm, 1, tokens, fixed))
+            yield _Job(tokens, engine, _requests(llm, 1, tokens, fixed, reuse=sweep == "again"))
     elif sweep == "canvases":
         for count in settings.canvases:
             long = fixed.with_(max_new_tokens=count * canvas)
@@ -163,13 +164,13 @@ def _other_vocabulary(llm: LLM, vocab: int) -> Callable[[], Engine]:
 
 
 def _requests(
-    llm: LLM, count: int, tokens: int, config: GenerationConfig, vocab: int | None = None
+    llm: LLM, count: int, tokens: int, config: GenerationConfig, vocab: int | None = None, reuse: bool = False
 ) -> tuple[Request, ...]:
     prompts = itertools.cycle(prompts_of(llm, 8, tokens))
     limit = vocab or llm.config.vocab_size
     return tuple(
         Request(
-            prompt=tuple(token % limit for token in prompt), config=config.with_(seed=config.seed + number), reuse=False
+            prompt=tuple(token % limit for token in prompt), config=config.with_(seed=config.seed + number), reuse=reuse
         )
         for number, prompt in zip(range(count), prompts, strict=False)
     )

@@ -166,7 +166,7 @@ class TableRun:
         source = next((c for c in self.settings.checkpoints if label(c) == base), base)
         self._prepare(self.model(source))
         self._say(f"quantising {base}")
-        self._command(("quantize", self.model(source), str(folder), "--format", "int8dyn"))
+        self._command(("quantize", self.model(source), str(folder), "--format", "int8dyn", "--head"))
 
     def _measure(self, cell: Cell) -> None:
         for argument in cell.arguments:

@@ -180,7 +180,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
         "--sweeps",
         type=_words,
         metavar="S,S",
-        help="some of prompt, canvases, batch, narrow, answer, vocabulary",
+        help="some of prompt, again, canvases, batch, narrow, answer, vocabulary",
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="R", help="runs of each (3)")
     parser.add_argument("--prompt-sizes", type=_numbers, metavar="N,N", help="prompt lengths in tokens")
