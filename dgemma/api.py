@@ -17,12 +17,20 @@ import torch
 
 from dgemma.checkpoint.load import Checkpoint, load_checkpoint
 from dgemma.config import EngineConfig, GenerationConfig, ModelConfig
+from dgemma.control import Control, Hook
+from dgemma.control.decide import Question, opened, prepare
+from dgemma.control.decision import Calibration, Decision
+from dgemma.control.languages import LANGUAGES, Compiler
 from dgemma.engine import Engine, Request, Worker, token_logprobs, validate
+from dgemma.engine.deciding import decide
+from dgemma.engine.filler import Edited, Filler
+from dgemma.engine.infilling import Infilled
 from dgemma.engine.request import is_approximate
 from dgemma.engine.streams import AsyncStream, Stream, Submitted
 from dgemma.errors import ConfigError, RequestError
 from dgemma.events import Committed, Event, Finished, Scored
 from dgemma.text.chat import ChatTemplate
+from dgemma.text.confidence import TokenConfidence, token_confidence
 from dgemma.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -59,12 +67,15 @@ class Generation:
 
     `token_ids` are all committed tokens, the end token included; `text` is their text without it.
     `finish_reason` is "stop" (end token), "length" (budget) or "abort". `steps` and `stops` are per canvas:
-    denoising steps, and why they ended ("stable" or "cap"); in mode "ar" there are no steps and `stops` is
-    ("ar",). `tokens_per_forward` divides by denoising steps and passes that encode committed tokens; the
-    prompt's pass counts only in mode "ar", where it gives the first token. `seconds` is wall time, waiting in
+    denoising steps, and why they ended ("stable" or "cap"); without canvases there are no steps and `stops` is
+    ("ar",). `accepted` tells in mode "verified" how many drafted tokens of each canvas were accepted.
+    `tokens_per_forward` divides by denoising steps and passes that encode committed tokens; the
+    prompt's pass counts only where it gives the first token: not in mode "diffusion". `seconds` is wall time, waiting in
     the queue included. `cached_tokens` of the prompt had been encoded by earlier requests. `approximate` tells that
     some canvas may have a width that the checkpoint does not say it was trained with. `logprobs` has an entry a token,
-    or is None if they were not asked for; they take one more pass, which counts.
+    or is None if they were not asked for; they take one more pass, which counts. `confidence` has an entry a token,
+    for nothing; it is empty in modes "ar" and "verified". `parsed` is the value of an answer that had to fit a `schema`: an object of
+    the pydantic model, or what JSON says.
     """
 
     text: str
@@ -81,6 +92,9 @@ class Generation:
     cached_tokens: int
     approximate: bool
     logprobs: tuple[TokenLogprob, ...] | None = None
+    confidence: tuple[TokenConfidence, ...] = ()
+    parsed: Any = None
+    accepted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,9 +118,11 @@ class LLM:
         self.tokenizer = Tokenizer.load(checkpoint.folder)
         self.chat_template = ChatTemplate.load(checkpoint.folder)
         self.demo = checkpoint.folder.parent == _SHIPPED
+        self.compiler = Compiler(self.tokenizer.token_bytes, self.config.vocab_size)
         self.engine = Engine(checkpoint.model, engine)
         self.device, self.dtype = self.engine.runner.device, self.engine.runner.dtype
         self.worker = Worker(self.engine)
+        self.filler = Filler(self.worker, self.tokenizer, self.encode_chat if self.chat_template else None, self.name)
 
     @staticmethod
     def load(
@@ -153,20 +169,27 @@ class LLM:
         watch: bool = False,
         reuse: bool = True,
         logprobs: int | None = None,
+        on_step: Hook | None = None,
         **overrides: Any,
     ) -> Request:
         """A checked request for the engine: `overrides` over the checkpoint's generation settings.
 
         `reuse=False` encodes the whole prompt, whatever other requests have encoded; the answer is the same.
         `logprobs=k` gives the log-probabilities of every token and of the k most likely ones at its place (0 to 20).
+        `schema=`, `regex=`, `choices=` or `grammar=` is what the whole answer must fit; see `docs/constraints.md`.
+        `on_step` is called after every denoising step, in the engine's thread; see `docs/hooks.md`.
         """
+        if on_step is not None and not callable(on_step):
+            raise RequestError(f"on_step must be callable, got {type(on_step).__name__}")
         if "steps" in overrides:
             if "max_denoising_steps" in overrides:
                 raise RequestError("steps is another name of max_denoising_steps; give one of them")
             overrides["max_denoising_steps"] = overrides.pop("steps")
         ids = tuple(self.encode_prompt(prompt) if isinstance(prompt, str) else _ids(prompt))
+        language = {name: overrides.pop(name) for name in LANGUAGES if name in overrides}
         config = self.generation.with_(**overrides)
-        request = Request(prompt=ids, config=config, watch=watch, reuse=reuse, logprobs=logprobs)
+        control = Control(hook=on_step, constraint=self.compiler.constraint(config, language))
+        request = Request(prompt=ids, config=config, watch=watch, reuse=reuse, logprobs=logprobs, control=control)
         validate(request, self.config)
         return request
 
@@ -180,7 +203,8 @@ class LLM:
         """Complete a prompt (text or token ids), or each of a list of prompts, as one batch.
 
         `overrides` are fields of `GenerationConfig` (`seed=`, `max_new_tokens=`, `sampler=`, `mode=`, ...),
-        taken over the checkpoint's own; `steps=` is short for `max_denoising_steps=`. `logprobs=k`: see `request`.
+        taken over the checkpoint's own; `steps=` is short for `max_denoising_steps=`. `logprobs=k`, `on_step=`,
+        `schema=`, `regex=`, `choices=`, `grammar=`: see `request`.
         """
         many = _is_batch(prompt)
         answers = self._answers([self.request(one, **overrides) for one in (prompt if many else [prompt])])
@@ -237,6 +261,38 @@ class LLM:
             bits_per_byte=-total / math.log(2) / max(1, len(written.encode())),
         )
 
+    def decide(
+        self, template: str | Messages, questions: Question | Sequence[Question], *, prompt: Prompt = "", **options: Any
+    ) -> list[Decision]:
+        """The probability of every label of closed questions, from one denoising pass; see `docs/decisions.md`.
+
+        The answer belongs at `[[answer]]` in `template`, a text behind `prompt` or a conversation; a question's text at
+        `[[question]]`. `options`: `draws=4`, `seed=0`, `joint=False` (all in one canvas), `encoder=False` (its law),
+        `calibration` (default: the checkpoint's), `temperature` instead of it, `canvas_length`.
+        """
+        ids = tuple(self.encode_prompt(prompt) if isinstance(prompt, str) else _ids(prompt))
+        validate(Request(prompt=ids, config=GenerationConfig(mode="ar", max_new_tokens=1)), self.config)
+        text, before = opened(template, self.chat_template, self.tokenizer, ids)
+        plan = prepare(self.tokenizer.encode, text, questions, before, joint=bool(options.get("joint")))
+        return decide(self.engine, plan, options.pop("calibration", None) or Calibration.load(self.folder), **options)
+
+    def infill(self, text: str, **options: Any) -> Infilled:
+        """Fill holes like `[[...]]` or `[[... 3 words ...]]` of `text`; the rest stays as it is. See `docs/infill.md`.
+
+        `options`: `prompt=""` before it, `candidates=12` lengths at once, `most=16` tokens in a hole that tells no
+        length, `truncate=False` (allow holes that do not see to the end), and what `generate` takes.
+        """
+        return self.filler.infill(self.generation, text, **options)
+
+    def edit(self, text: str, **options: Any) -> Edited:
+        """Write parts of `text` anew and keep the rest: `spans=[(start, end)]` of characters, or the words around
+        the share `doubt=0.2` of its tokens that the model finds least likely, by its canvas or `by="encoder"`.
+
+        Also `instruction=`, `prompt=""`, `keep_prefix=`, `keep_suffix=` (characters), `resize=0` (tokens that a
+        span may grow or shrink by), and what `infill` takes.
+        """
+        return self.filler.edit(self.generation, text, **options)
+
     def _answers(self, requests: Sequence[Request]) -> list[Generation]:
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(Stream(self.worker, request)) for request in requests]
@@ -256,23 +312,27 @@ class LLM:
         assert isinstance(end, Finished)
         committed = [event for event in events if isinstance(event, Committed)]
         ids = tuple(token for event in committed for token in event.tokens)
-        ar = config.mode == "ar"
-        passes = sum(end.steps) + end.encode_passes + ar
+        encoder = config.mode != "diffusion"
+        passes = sum(end.steps) + end.encode_passes + encoder
+        text = self.tokenizer.decode(ids[:-1] if end.reason == "stop" else ids)
         return Generation(
-            text=self.tokenizer.decode(ids[:-1] if end.reason == "stop" else ids),
+            text=text,
             token_ids=ids,
             prompt_token_ids=stream.request.prompt,
             finish_reason=end.reason,
             seed=config.seed,
             mode=config.mode,
             steps=end.steps,
-            stops=("ar",) if ar else tuple(event.stop for event in committed),
+            stops=tuple(event.stop for event in committed if event.stop != "ar") or ("ar",) * encoder,
             tokens_per_forward=len(ids) / max(1, passes),
             seconds=stream.seconds,
             model=self.name,
             cached_tokens=end.cached_tokens,
+            accepted=end.accepted,
             approximate=is_approximate(config, self.config),
             logprobs=None if stream.request.logprobs is None else _token_logprobs(ids, events),
+            confidence=() if encoder else token_confidence(committed, self.tokenizer, config.stop_tokens),
+            parsed=stream.request.control.parse(text) if end.reason == "stop" else None,
         )
 
 

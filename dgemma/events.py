@@ -25,6 +25,8 @@ class Draft:
     canvas_tokens: tuple[int, ...]
     accepted: tuple[bool, ...]
     entropy: tuple[float, ...]
+    states: tuple[int, ...] = ()
+    """Under a constraint, its automaton's states along `tokens`, one more than positions; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,15 @@ class Committed:
     tokens: tuple[int, ...]
     steps: int
     stop: str
-    """Why denoising stopped: `"stable"` (the stop rule), `"cap"` (the step limit) or `"ar"`."""
+    """Why denoising stopped: `"stable"` (the stop rule), `"cap"` (the step limit), `"hook"` or `"ar"`."""
+    entropy: tuple[float, ...] = ()
+    """In nats, of each token's position at the step that decided; this and the next three are empty in mode "ar"."""
+    top_logprob: tuple[float, ...] = ()
+    """Of the likeliest token there, in nats, at that step's temperature; not the encoder's (see `Scored`)."""
+    revisions: tuple[int, ...] = ()
+    """How often the prediction (argmax) of the position changed from one step of the canvas to the next."""
+    last_change: tuple[int, ...] = ()
+    """The step, counted from 1, that first predicted what was predicted last; 1 if that never changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,8 @@ class Finished:
     """Denoising steps of every canvas, in order; empty in autoregressive mode."""
     encode_passes: int
     """Passes that encoded committed tokens; the prompt's own are not counted."""
+    accepted: tuple[int, ...] = ()
+    """Only in mode verified: how many drafted tokens of every canvas were accepted."""
 
 
 Event = Draft | Committed | Scored | Finished

@@ -66,7 +66,13 @@ LOADING = (
     Option("threads", int, "CPU threads"),
 )
 GENERATION = (
-    Option("mode", str, "diffusion (canvases) or ar (token by token)", "mode", ("diffusion", "ar")),
+    Option(
+        "mode", str, "diffusion (canvases), ar (token by token) or verified (ar, drafted by canvases)", "mode",
+        ("diffusion", "ar", "verified"),
+    ),
+    Option("verify_draft", str, "mode verified: a draft's tokens are the likeliest or drawn", "verify_draft",
+           ("argmax", "sample")),
+    Option("verify_pace", str, "mode verified: draft as it pays, or always", "verify_pace", ("adaptive", "fixed")),
     Option("max_new_tokens", int, "at most so many tokens", "max_new_tokens"),
     Option("seed", int, "the same seed gives the same text", "seed"),
     Option("steps", int, "at most so many denoising steps a canvas", "max_denoising_steps"),
@@ -108,6 +114,11 @@ class Settings:
     threads: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `GenerationConfig` that somebody set."""
+
+    @property
+    def of_requests(self) -> dict[str, Any]:
+        """`generation` as the defaults of many requests: without the seed, which would make them all alike."""
+        return {name: value for name, value in self.generation.items() if name != "seed"}
 
 
 def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:

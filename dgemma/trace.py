@@ -21,6 +21,9 @@ from dgemma.events import Committed, Draft, Event, Finished, Scored
 FORMAT = "dgemma-trace"
 VERSION = 1
 ENTROPY_DECIMALS = 4
+_NATS = ("entropy", "top_logprob")
+CONFIDENCE = (*_NATS, "revisions", "last_change")
+"""The fields of a committed line with an entry a token: all of them, or none."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class TraceEncoder:
         if isinstance(event, Scored):
             return line | _scored(event)
         line |= {name: getattr(event, name) for name in event.__dataclass_fields__}
+        if isinstance(event, Committed):
+            line |= {name: [_rounded(value) for value in line[name]] for name in _NATS}
+            line = {name: value for name, value in line.items() if name not in CONFIDENCE or value}
+        if not line.get("accepted"):
+            line.pop("accepted", None)
         return line | {name: text for name in ("text", "thought") if (text := getattr(moment, name))}
 
     def _draft(self, draft: Draft) -> dict[str, Any]:
@@ -108,7 +116,7 @@ class TraceEncoder:
             "canvas_tokens": _changes(last.canvas_tokens if last else (), draft.canvas_tokens),
             "accepted": [place for place, yes in enumerate(draft.accepted) if yes],
             "entropy": [_rounded(value) for value in draft.entropy],
-        }
+        } | ({"states": draft.states} if draft.states else {})
         return line | ({"pieces": {str(token): self._piece(token) for token in sorted(new)}} if new else {})
 
 
@@ -150,20 +158,20 @@ def _scored(event: Scored) -> dict[str, Any]:
     return {
         "request": event.request,
         "canvas": event.canvas,
-        "logprobs": [_finite(value) for value in event.logprobs],
-        "top": [[(token, _finite(value)) for token, value in place] for place in event.top],
-        "canvas_logprobs": [_finite(value) for value in event.canvas_logprobs],
+        "logprobs": [finite(value) for value in event.logprobs],
+        "top": [[(token, finite(value)) for token, value in place] for place in event.top],
+        "canvas_logprobs": [finite(value) for value in event.canvas_logprobs],
     }
 
 
-def _finite(value: float) -> float | None:
-    # JSON has no NaN: what a broken model says becomes null.
+def finite(value: float) -> float | None:
+    """A number for JSON, which has no NaN: what a broken model says becomes null."""
     return value if math.isfinite(value) else None
 
 
 def _rounded(value: float) -> float | None:
-    finite = _finite(value)
-    return None if finite is None else round(finite, ENTROPY_DECIMALS)
+    number = finite(value)
+    return None if number is None else round(number, ENTROPY_DECIMALS)
 
 
 class TraceReader:
@@ -241,14 +249,15 @@ class TraceReader:
             self.pieces.update((int(token), str(piece)) for token, piece in data.get("pieces", {}).items())
             event = self._draft(data)
         elif kind == "committed":
-            whole = {name: _whole(data, name) for name in ("request", "canvas", "steps")}
-            event = Committed(tokens=_ids(data, "tokens"), stop=str(data["stop"]), **whole)
+            whole: dict[str, Any] = {name: _whole(data, name) for name in ("request", "canvas", "steps")}
+            event = Committed(tokens=_ids(data, "tokens"), stop=str(data["stop"]), **whole, **_confidence(data))
         elif kind == "scored":
             event = _scored_from(data)
         elif kind == "finished":
             names = ("request", "prompt_tokens", "cached_tokens", "completion_tokens", "encode_passes")
             whole = {name: _whole(data, name) for name in names}
-            event = Finished(reason=str(data["reason"]), steps=_ids(data, "steps"), **whole)
+            accepted = _ids(data, "accepted") if "accepted" in data else ()
+            event = Finished(reason=str(data["reason"]), steps=_ids(data, "steps"), accepted=accepted, **whole)
         else:
             raise ValueError(f"type must be draft, committed, scored or finished; got {kind!r}")
         seconds = float(data["seconds"])
@@ -266,6 +275,11 @@ class TraceReader:
         entropy = _reals(data["entropy"])
         if len(entropy) != width:
             raise ValueError(f"entropy has {len(entropy)} values for a canvas of {width}")
+        states = _ids(data, "states") if "states" in data else ()
+        if states and len(states) != width + 1:
+            raise ValueError(
+                f"states has {len(states)} values for a canvas of {width}; it needs one more than positions"
+            )
         draft = Draft(
             request=request,
             canvas=canvas,
@@ -276,6 +290,7 @@ class TraceReader:
             canvas_tokens=_changed(last.canvas_tokens if last else (), data, "canvas_tokens", width),
             accepted=tuple(place in accepted for place in range(width)),
             entropy=entropy,
+            states=states,
         )
         self._last[request, canvas] = draft
         return draft
@@ -292,6 +307,18 @@ def _scored_from(data: Mapping[str, Any]) -> Scored:
             f"top and canvas_logprobs have {len(top)} and {len(marginals)} entries for {len(logprobs)} logprobs"
         )
     return Scored(_whole(data, "request"), _whole(data, "canvas"), logprobs, tuple(top), marginals)
+
+
+def _confidence(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of a committed line; none in older traces and in mode "ar"."""
+    if not any(name in data for name in CONFIDENCE):
+        return {}
+    found = {name: (_reals(data[name]) if name in _NATS else _ids(data, name)) for name in CONFIDENCE}
+    count = len(data["tokens"])
+    for name, values in found.items():
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} entries for {count} tokens")
+    return found
 
 
 def _reals(values: Sequence[float | None]) -> tuple[float, ...]:

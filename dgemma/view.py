@@ -101,6 +101,7 @@ class Progress:
         self.steps: list[int] = []
         """Denoising steps of every canvas committed so far."""
         self.stops: list[str] = []
+        self.committed: list[Committed] = []
         self.draft: Draft | None = None
         """The canvas in work; None between canvases and in autoregressive mode."""
         self.finished: Finished | None = None
@@ -112,8 +113,9 @@ class Progress:
         match moment.event:
             case Draft() as draft:
                 self.draft = draft
-            case Committed(tokens=tokens, steps=steps, stop=stop):
+            case Committed(tokens=tokens, steps=steps, stop=stop) as committed:
                 self.draft = None
+                self.committed.append(committed)
                 self.tokens += tokens
                 self.stops.append(stop)
                 if stop != "ar":
@@ -127,7 +129,8 @@ class Progress:
 
     @property
     def autoregressive(self) -> bool:
-        return self.stops[-1:] == ["ar"]
+        """Whether the encoder wrote the first token: from the prompt's pass, and every later one in a pass of its own."""
+        return self.stops[:1] == ["ar"]
 
     @property
     def settled(self) -> int:
@@ -138,7 +141,7 @@ class Progress:
     def forwards(self) -> int:
         """Forward passes: denoising steps, and encoded canvases or tokens, as `Generation` counts them."""
         if self.autoregressive:
-            return len(self.stops)
+            return sum(self.steps) + len(self.stops) + (self.draft.step if self.draft else 0)
         if self.finished:
             return sum(self.finished.steps) + self.finished.encode_passes
         encoded = len(self.stops) if self.draft else max(len(self.stops) - 1, 0)

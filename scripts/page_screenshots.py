@@ -22,6 +22,7 @@ PROMPT, SEED = "Tell me a story about a fox.", 2
 LIMIT = 150_000  # bytes of a picture
 DESKTOP = {"viewport": {"width": 1120, "height": 860}}
 SMALL = {"viewport": {"width": 1120, "height": 700}}
+LOW = {"viewport": {"width": 1120, "height": 640}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 1.5, "is_mobile": True, "has_touch": True}
 # Name, screen, colours, share of the first canvas's steps (None: the welcome), and whether the sampler is open.
 PICTURES: tuple[tuple[str, dict[str, Any], str, float | None, bool], ...] = (
@@ -53,16 +54,32 @@ def take(reader: page_kit.Reader, share: float | None, sampler: bool, path: Path
     reader.page.screenshot(path=path)
 
 
+def take_doubts(reader: page_kit.Reader, path: Path) -> None:
+    """An answer that had too few steps, with one of its words in doubt focused."""
+    reader.open()
+    reader.set(seed=1, steps=12, max_tokens=128)
+    reader.ask("Tell me a story.")
+    reader.page.click(".answer .actions button:has-text('Canvas')")
+    reader.page.focus(".answer .doubt[tabindex='0']")
+    for _ in range(2):
+        reader.page.keyboard.press("ArrowRight")
+    reader.page.mouse.move(0, 0)
+    reader.page.screenshot(path=path)
+
+
 def main(folder: Path) -> int:
     if lack := page_kit.missing():
         print(f"page_screenshots: {lack}", file=sys.stderr)
         return 1
     folder.mkdir(parents=True, exist_ok=True)
     with page_kit.serving(LLM.load("default")) as url, page_kit.browsing() as browser:
-        for name, screen, scheme, share, sampler in PICTURES:
+        for name, screen, scheme, share, sampler in (*PICTURES, ("confidence", LOW, "light", None, False)):
             reader = page_kit.Reader(browser, url, color_scheme=scheme, reduced_motion="reduce", **screen)
             path = folder / f"page-{name}.png"
-            take(reader, share, sampler, path)
+            if name == "confidence":
+                take_doubts(reader, path)
+            else:
+                take(reader, share, sampler, path)
             reader.context.close()
             size = path.stat().st_size
             print(f"{path.name}: {size / 1000:.0f} kB")

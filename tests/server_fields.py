@@ -66,7 +66,7 @@ TABLES: dict[str, Table] = {
         "modalities": ([None, ["text"]], [["text", "audio"], "text"]),
         "prediction": ([None], [{"type": "content", "content": "a"}]),
         "reasoning_effort": ([None, "none"], ["minimal", "low", "high", "xhigh", "max"]),
-        "response_format": ([None, {"type": "text"}], [{"type": "json_object"}, {"type": "json_schema"}, "text"]),
+        "response_format": ([None, {"type": "text"}], [{"type": "xml"}, {"type": "json_schema"}, "text"]),
         "top_logprobs": ([None], [1, 21]),  # without logprobs
         "verbosity": ([None, "medium"], ["low", "high"]),
         "web_search_options": ([None], [{}]),
@@ -79,7 +79,7 @@ TABLES: dict[str, Table] = {
         "best_of": ([None, 1], [2, "1"]),
         "echo": ([None, False], [True]),
         "logprobs": ([None], [-1, 21, True]),
-        "suffix": ([None], ["", "end"]),
+        "suffix": ([None, ""], [1, ["end"]]),
     },
     RESPONSES: {
         **SHARED,
@@ -91,7 +91,7 @@ TABLES: dict[str, Table] = {
         "context_management": ([None, []], [[{"type": "compaction"}]]),
         "conversation": ([None], ["conv_1"]),
         "image": ([None], [{}]),
-        "include": ([None, []], [["message.output_text.logprobs"]]),
+        "include": ([None, []], [["file_search_call.results"], ["message.output_text.logprobs", "other"], "all"]),
         "input": (
             [
                 PROMPT, [{"role": "user", "content": PROMPT}],
@@ -115,9 +115,9 @@ TABLES: dict[str, Table] = {
         "stream_options": ([None, {}, {"include_obfuscation": False}], [{"include_obfuscation": True}]),
         "text": (
             [None, {}, {"format": {"type": "text"}}, {"verbosity": "medium"}],
-            [{"format": {"type": "json_object"}}, {"verbosity": "low"}, {"unknown": 1}],
+            [{"format": {"type": "xml"}}, {"format": {"type": "json_schema"}}, {"verbosity": "low"}, {"unknown": 1}],
         ),
-        "top_logprobs": ([None, 0], [1]),
+        "top_logprobs": ([None, 0], [1, 21, "1"]),  # without include
         "truncation": ([None, "disabled"], ["auto"]),
     },
 }  # fmt: skip
@@ -125,6 +125,8 @@ TABLES: dict[str, Table] = {
 # Field of `dgemma` -> a value with an effect, values that are refused.
 EXTENSION: dict[str, tuple[Any, list[Any]]] = {
     "mode": ("ar", ["other", 1]),
+    "verify_draft": ("sample", ["other", 1]),
+    "verify_pace": ("fixed", ["other", 1]),
     "steps": (2, [0, 1.5, "2"]),
     "canvas_length": (8, [0, 1000]),
     "narrow": ("adaptive", ["other"]),
@@ -137,11 +139,14 @@ EXTENSION: dict[str, tuple[Any, list[Any]]] = {
     "confidence_threshold": (9.0, [0, -1]),
     "convention": ("jax", ["other"]),
     "trace": (True, [1, "yes"]),
+    "confidence": (True, [1, "yes"]),
 }
 # What must be so for the field to matter.
 SETTING: dict[str, dict[str, Any]] = {
     "accept_confidence": {"sampler": "confidence"},
     "narrow": {"canvas_length": 32},
+    "verify_draft": {"mode": "verified", "verify_pace": "fixed"},
+    "verify_pace": {"mode": "verified"},
     "stability_threshold": {"confidence_threshold": 9.0},
     "confidence_threshold": {"stability_threshold": 0},
 }

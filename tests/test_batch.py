@@ -117,7 +117,7 @@ def test_a_fault_of_the_engine_is_told_in_its_line(llm: LLM, monkeypatch: pytest
         raise MemoryError("no room")
 
     monkeypatch.setattr(llm, "agenerate", broken)
-    (answer,) = Answerer(llm, {}, 4).answers([Line(0, b'{"prompt": "A", "id": 9}')])
+    (answer,) = Answerer(llm, 0, 4).answers([Line(0, b'{"prompt": "A", "id": 9}')])
     error = {"type": "server_error", "message": "MemoryError: no room"}
     assert json.loads(answer.text) == {"line": 1, "id": 9, "error": error} and answer.failed
 
@@ -145,6 +145,26 @@ def test_openai_lines_get_what_the_server_answers(tmp_path: Path, settings: Sett
     assert elsewhere["response"] is None and "url must be one of" in elsewhere["error"]["message"]
     assert "stream is not possible" in streamed["error"]["message"]
     assert done.failed == 3 and done.tokens == chat["response"]["body"]["usage"]["completion_tokens"] + 8
+
+
+def test_openai_lines_have_the_settings_and_a_seed_of_their_own(tmp_path: Path, settings: Settings, llm: LLM) -> None:
+    body = {"model": llm.name, "input": "Lily"}
+    plain = {"model": llm.name, "prompt": "Lily"}
+    lines = [
+        {"custom_id": "responses", "method": "POST", "url": "/v1/responses", "body": body},
+        {"custom_id": "own", "method": "POST", "url": "/v1/completions", "body": plain | {"max_tokens": 5}},
+        {"custom_id": "plain", "method": "POST", "url": "/v1/completions", "body": plain},
+    ]
+    chosen: dict[str, Any] = {"max_denoising_steps": 3, "max_new_tokens": 9, "temperature": 0.5}
+    target = tmp_path / "out.jsonl"
+    run_batch(write(tmp_path / "in.jsonl", lines), target, replace(settings, generation=chosen | {"seed": 10}))
+    responses, own, plain_ = (entry["response"]["body"] for entry in read(target))
+    assert (
+        responses["output"][-1]["content"][0]["text"]
+        == llm.chat([{"role": "user", "content": "Lily"}], seed=10, **chosen).text
+    )
+    assert own["choices"][0]["text"] == llm.generate("Lily", seed=11, **chosen | {"max_new_tokens": 5}).text
+    assert plain_["choices"][0]["text"] == llm.generate("Lily", seed=12, **chosen).text
 
 
 def test_the_number_of_rows_changes_no_answer(tmp_path: Path, settings: Settings) -> None:

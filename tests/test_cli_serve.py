@@ -18,6 +18,11 @@ from server_kit import PATIENCE_S, Running, chat_body, events, running, until
 from text_kit import Terminal, command, dgemma, environment, heed_interrupts, save_model
 
 from dgemma.api import LLM
+from dgemma.errors import ConfigError
+from dgemma.server.config import ServerConfig
+from dgemma.server.ray_cluster import import_ray
+from dgemma.server.replicas import ReplicaConfig, serve_replicas
+from dgemma.settings import Settings
 
 SLOW = {"steps": 60, "stability_threshold": None, "confidence_threshold": None}
 
@@ -68,12 +73,12 @@ class Process:
 def test_a_signal_lets_the_running_answer_end(folder: Path, number: signal.Signals) -> None:
     body = {**chat_body(LLM.load(folder, device="cpu"), max_tokens=64, dgemma=SLOW), "stream": True}
     with Process(folder, "--trace-folder", str(folder.parent / "traces")) as one:
-        assert httpx.get(f"{one.url}/health").json()["model"] == "tiny"
+        assert httpx.get(f"{one.url}/health", timeout=PATIENCE_S).json()["model"] == "tiny"
         with httpx.stream("POST", f"{one.url}/v1/chat/completions", json=body, timeout=PATIENCE_S) as answer:
             lines = answer.iter_lines()
             first = next(events(lines))
             one.process.send_signal(number)
-            until(lambda: httpx.get(f"{one.url}/health").status_code == 503)
+            until(lambda: httpx.get(f"{one.url}/health", timeout=PATIENCE_S).status_code == 503)
             rest = list(events(lines))
         assert first["choices"] and rest[-1] == "[DONE]"
         one.process.wait(PATIENCE_S)
@@ -94,7 +99,7 @@ def test_keys_from_the_environment_and_a_file(folder: Path, tmp_path: Path) -> N
     keys.write_text("filed\n")
     with Process(folder, "--api-key-file", str(keys), DGEMMA_API_KEYS="given") as one:
         for key, status in (("filed", 200), ("given", 200), ("other", 401)):
-            answer = httpx.get(f"{one.url}/v1/models", headers={"authorization": f"Bearer {key}"})
+            answer = httpx.get(f"{one.url}/v1/models", headers={"authorization": f"Bearer {key}"}, timeout=PATIENCE_S)
             assert answer.status_code == status
         status, log = one.end(signal.SIGTERM)
     assert status == 0 and "filed" not in str(log) and "given" not in str(log)
@@ -102,7 +107,7 @@ def test_keys_from_the_environment_and_a_file(folder: Path, tmp_path: Path) -> N
 
 def test_settings_are_the_defaults_of_requests(folder: Path) -> None:
     with Process(folder, DGEMMA_STEPS="3", DGEMMA_SEED="5") as one:
-        about = httpx.get(f"{one.url}/v1/models").json()["data"][0]["dgemma"]
+        about = httpx.get(f"{one.url}/v1/models", timeout=PATIENCE_S).json()["data"][0]["dgemma"]
     assert about["generation"]["steps"] == 3
 
 
@@ -142,6 +147,21 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 def test_arguments_that_cannot_be(arguments: tuple[str, ...], said: str) -> None:
     done = dgemma("serve", *arguments)
     assert (done.returncode, done.stderr.decode()) == (2, f"dgemma: error: {said}\n")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own code
+def test_a_ray_that_does_not_start_is_told_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = import_ray("a test")
+
+    def late(**options: Any) -> None:
+        raise ray.exceptions.GetTimeoutError("Get timed out: some object(s) not ready.")
+
+    monkeypatch.setattr("dgemma.server.replicas.start_ray", lambda *args, **options: False)
+    monkeypatch.setattr("ray.serve.start", late)
+    monkeypatch.setattr("ray.serve.delete", lambda name: None)
+    with pytest.raises(ConfigError, match="the replicas do not start: Get timed out") as caught:
+        serve_replicas(Settings(model=str(folder)), ServerConfig(port=0), ReplicaConfig())
+    assert "\n" not in str(caught.value)
 
 
 def test_the_start_in_a_terminal(folder: Path) -> None:

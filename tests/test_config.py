@@ -202,6 +202,9 @@ BAD_REQUESTS: list[tuple[str, Any]] = [
     ("t_max", float("nan")), ("t_max", float("inf")), ("t_max", 0.4), ("entropy_bound", 0.0), ("entropy_bound", True),
     ("confidence_threshold", 0.0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("accept_confidence", 0),
     ("convention", "both"), ("mode", "beam"),
+    # Beyond what the tensors of a pass can hold.
+    ("top_k", 2**63), ("max_denoising_steps", 2**64), ("stability_threshold", 2**31), ("choice", 2**31),
+    ("temperature", 1e300), ("t_max", 1e39), ("confidence_threshold", 1e300),
 ]  # fmt: skip
 
 

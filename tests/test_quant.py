@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dgemma.errors import ConfigError
+from dgemma.kernels import scaled
 from dgemma.kernels.matrix import Matrix
 from dgemma.quant import FORMATS, WeightFormat, groups, int8dyn, make_format
 from dgemma.quant.int4wo import Int4WeightOnly
@@ -61,6 +62,7 @@ def test_bits_a_weight() -> None:
     for name, group, bits in (
         ("int8wo", None, 8.03),
         ("int8dyn", None, 8.03),
+        ("fp8", None, 8.03),
         ("int4wo", 32, 5.0),
         ("int4wo", 128, 4.25),
     ):
@@ -83,6 +85,9 @@ def test_the_dense_matrix_is_near_the_weight(weight_format: WeightFormat, shape:
     rows = weight.abs().amax(1, keepdim=True)
     if weight_format.name == "int4wo":
         assert error(dense, weight) < 0.12
+    elif weight_format.name == "fp8":
+        # Half a step of a number with three bits behind the point; below 2^-6 steps are 2^-9.
+        assert ((dense - weight).abs() <= torch.maximum(weight.abs() / 16, rows / 448 * 2**-10) * 1.0001).all()
     else:
         assert ((dense - weight).abs() <= rows / 127 * 0.5001).all()
 
@@ -152,6 +157,11 @@ def test_the_product_is_that_with_the_dense_matrix(
         levels, step = round_rows(x.flatten(0, 1))
         rounded = ((levels.float() - 128) * step).view(x.shape)
         assert ((rounded - x.float()).abs() <= 0.5001 * step.view(2, 9, 1)).all()
+    elif weight_format.name == "fp8":
+        codes, scale = scaled.round_rows(x.flatten(0, 1))
+        rounded = (codes.float() * scale[:, None]).view(x.shape)
+        near = torch.maximum(x.abs().float() / 16, scale.view(2, 9, 1) * 2**-10)
+        assert ((rounded - x.float()).abs() <= 1.0001 * near).all()
     want = rounded.double() @ matrix.dense().double().t()
     got = matrix(x)
     assert got.shape == (2, 9, shape[0]) and got.dtype is dtype
@@ -162,6 +172,20 @@ def test_no_rows_and_rows_of_zeros(weight_format: WeightFormat) -> None:
     matrix = matrix_of(weight_format, normal(40, 72))
     assert matrix(torch.zeros(0, 72)).shape == (0, 40)
     assert torch.equal(matrix(torch.zeros(3, 72)), torch.zeros(3, 40))
+
+
+def test_torchs_product_of_fp8_is_ours() -> None:
+    """What a device calls, in the CPU's form of it: the same sums, rounded to bfloat16."""
+    kind = make_format("fp8")
+    stored, x = kind.quantize(normal(48, 64)), normal(33, 64, seed=3).bfloat16()
+    x[7] *= 100
+    rounded = scaled.round_rows(x)
+    theirs = scaled.product(rounded, (stored["codes"], stored["scale"]))
+    assert theirs.dtype is torch.bfloat16
+    ours = kind.matrix(stored, (48, 64))(x)
+    assert error(ours, theirs.float()) < 2**-9
+    per_row = (ours.float() - theirs.float()).norm(dim=1) / theirs.float().norm(dim=1)
+    assert float(per_row.max()) < 2**-8
 
 
 def test_float_products_stand_in_for_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +218,7 @@ def test_gradients_are_refused_by_name(weight_format: WeightFormat) -> None:
 @pytest.mark.parametrize(
     ("name", "group", "words"),
     [
-        ("int3", None, "unknown weight format 'int3'; known: int8wo, int4wo, int8dyn"),
+        ("int3", None, "unknown weight format 'int3'; known: int8wo, int4wo, int8dyn, fp8"),
         ("int4wo", 48, "int4wo takes a group of 32, 64, 128; got 48"),
         ("int8wo", 0, "takes a group of 32, 64, 128; got 0"),
         ("int8dyn", 32, "takes no group, got 32"),

@@ -246,7 +246,7 @@ def test_the_command_in_a_pipe(source: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--format", "int3"), "unknown weight format 'int3'; known: int8wo, int4wo, int8dyn"),
+        (("--format", "int3"), "unknown weight format 'int3'; known: int8wo, int4wo, int8dyn, fp8"),
         (("--format", "int4wo", "--group", "7"), "got 7"),
         (("--format", "int8wo", "--dtype", "float16"), "float32 or bfloat16, got 'float16'"),
         (("--format", "int8wo", "--text", "x"), "--report"),

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from text_kit import save_model
 
+from dgemma.cli import serve
+from dgemma.cli.arguments import Parser
 from dgemma.engine.load import Load
 from dgemma.errors import CheckpointError, ConfigError
 from dgemma.server import replicas as module
 from dgemma.server.config import ServerConfig
 from dgemma.server.ray_cluster import import_ray, start_ray
-from dgemma.server.replica import Replica, Watch
+from dgemma.server.replica import Replica, Watch, build_app
 from dgemma.server.replica_front import Front, merge_metrics
 from dgemma.server.replicas import ReplicaConfig, serve_replicas
 from dgemma.settings import Settings
@@ -300,6 +304,28 @@ def test_a_replica_answers_with_its_name_and_hears_of_a_cancel() -> None:
         del made._life
 
     asyncio.run(use())
+
+
+def test_a_replica_has_the_defaults_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables, command, the application that a replica builds; the seed stays each request's own."""
+    folder = save_model(tmp_path / "tiny")
+    for name, value in (("STEPS", "3"), ("TEMPERATURE", "0.5"), ("MAX_NEW_TOKENS", "9"), ("SEED", "5")):
+        monkeypatch.setenv(f"DGEMMA_{name}", value)
+    given = list[Any]()
+    monkeypatch.setattr(module, "serve_replicas", lambda *args, **more: given.extend(args))
+    parser = Parser(prog="serve")
+    serve.add_arguments(parser)
+    assert serve.run(parser.parse_args([f"--model={folder}", "--replicas=2", "--device=cpu", "--max-rows=3"])) == 0
+    settings, config, scale = given
+    client = TestClient(build_app(settings, config, scale.engine), "http://localhost")
+    about = client.get("/v1/models").json()["data"][0]["dgemma"]["generation"]
+    assert (about["steps"], about["temperature"], about["max_new_tokens"]) == (3, 0.5, 9)
+    ask = {"model": "tiny", "prompt": "Once", "logit_bias": {"1": -100, "6": -100}}  # no end before the budget
+    answers = [client.post("/v1/completions", json=ask).json() for _ in range(2)]
+    assert all(answer["usage"]["completion_tokens"] == 9 for answer in answers)
+    assert all(steps <= 3 for answer in answers for steps in answer["usage"]["dgemma"]["steps"])
+    seeds = {answer["dgemma"]["seed"] for answer in answers}
+    assert len(seeds) == 2 and 5 not in seeds
 
 
 def test_an_engine_that_stands_still_is_not_well() -> None:

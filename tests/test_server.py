@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_kit import Running, chat_body, running
+from server_kit import Running, chat_body, idle, running
 from text_kit import save_model
 
 from dgemma.api import LLM, Generation
@@ -241,6 +241,21 @@ def test_a_stop_text_ends_the_answer_and_the_work(server: Running, llm: LLM, mod
     assert chunks[-2]["usage"]["completion_tokens"] == count
     streamed = sum(len(part["logprobs"]["tokens"]) for part in parts if part["logprobs"])
     assert streamed == (count if logprobs else 0)
+
+
+def test_an_engine_may_be_done_before_it_is_known_by_number(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread goes on while the one that submitted sleeps; it would die of a number that it does not have."""
+    submit = llm.worker.submit
+
+    def slowly(request: Any, deliver: Any) -> int:
+        number = submit(request, deliver)
+        idle(llm)
+        return number
+
+    with running(llm) as server:
+        monkeypatch.setattr(llm.worker, "submit", slowly)
+        answer = server.post("/v1/completions", {"model": "tiny", "prompt": "Once", "max_tokens": 8, "stop": ["§"]})
+    assert answer.status_code == 200 and answer.json()["choices"][0]["text"]
 
 
 def test_log_probabilities_are_the_encoders(server: Running, llm: LLM) -> None:

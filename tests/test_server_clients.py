@@ -157,6 +157,33 @@ def test_several_choices_and_log_probabilities(server: Running, llm: LLM) -> Non
         assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
 
 
+def test_log_probabilities_of_a_response(server: Running) -> None:
+    """The entries of the answer, of its stream and of a chat of the same seed are one."""
+    ask: dict[str, Any] = {
+        "model": "default", "input": "Tell me a story.", "max_output_tokens": 32, "extra_body": {"seed": 7},
+        "include": ["message.output_text.logprobs"], "top_logprobs": 2,
+    }  # fmt: skip
+    answer = client(server).responses.create(**ask)
+    entries = answer.output[-1].content[0].logprobs
+    assert "".join(entry.token for entry in entries) == answer.output_text
+    with client(server).responses.stream(**ask) as stream:
+        events = list(stream)
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert len(deltas) > 1, "else nothing is put together"
+    (done,) = (event for event in events if event.type == "response.output_text.done")
+    facts = [
+        (entry.token, entry.logprob, [(top.token, top.logprob) for top in entry.top_logprobs]) for entry in entries
+    ]
+    for found in ([entry for event in deltas for entry in event.logprobs], done.logprobs):
+        assert facts == [(one.token, one.logprob, [(t.token, t.logprob) for t in one.top_logprobs]) for one in found]
+    assert events[-1].response.output[-1].content[0].logprobs == entries
+    chat = client(server).chat.completions.create(
+        model="default", messages=[{"role": "user", "content": "Tell me a story."}], max_tokens=32, seed=7,
+        logprobs=True, top_logprobs=2,
+    )  # fmt: skip
+    assert [entry.model_dump() for entry in chat.choices[0].logprobs.content] == [e.model_dump() for e in entries]
+
+
 def test_a_cancelled_task_ends_the_work(server: Running, llm: LLM) -> None:
     """The async client, cancelled in the middle of a stream."""
 

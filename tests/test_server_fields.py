@@ -86,6 +86,12 @@ def texts(answer: dict[str, Any]) -> list[str]:
     return [readable(text) for text in found]
 
 
+def logprobs_of(response: dict[str, Any]) -> list[Any]:
+    (message,) = (item for item in response["output"] if item["type"] == "message")
+    entries: list[Any] = message["content"][0]["logprobs"]
+    return entries
+
+
 def readable(text: str) -> str:
     """Bytes that are no text count once: how many U+FFFD they become depends on where a stream was cut."""
     return re.sub("\ufffd+", "\ufffd", text)
@@ -218,7 +224,7 @@ def _stream_options(ask: Ask) -> None:
     assert any(chunk["dgemma"].get("line", {}).get("type") == "draft" for chunk in chunks[:-1] if "dgemma" in chunk)
 
 
-@effect("logprobs", "top_logprobs")
+@effect("logprobs", "top_logprobs", "include")
 def _logprobs(ask: Ask) -> None:
     if ask.path == COMPLETIONS:
         for count in (0, 3):
@@ -226,6 +232,13 @@ def _logprobs(ask: Ask) -> None:
             assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) > 0
             assert {len(top) for top in logprobs["top_logprobs"]} <= {count, count - 1}  # two ids may have one text
         assert ask()["choices"][0]["logprobs"] is None
+        return
+    if ask.path == RESPONSES:
+        include = ["message.output_text.logprobs"]
+        for count, more in ((0, {}), (0, {"top_logprobs": 0}), (4, {"top_logprobs": 4})):
+            entries = logprobs_of(ask(include=include, **more))
+            assert entries and {len(entry["top_logprobs"]) for entry in entries} == {count}
+        assert logprobs_of(ask()) == []
         return
     assert ask(logprobs=False)["choices"][0]["logprobs"] is None
     content = ask(logprobs=True)["choices"][0]["logprobs"]["content"]
@@ -266,7 +279,7 @@ def test_a_field_acts_or_is_refused(server: Running, llm: LLM, path: str, name: 
         assert answer.status_code == 400, f"{name}={value!r}: {answer.text}"
         assert str(error["param"]).startswith(name), f"{name}={value!r}: {error}"
         assert name.rpartition(".")[2] in error["message"] or "unknown" in error["message"], error
-    if name in EFFECTS and not (path == RESPONSES and name in ("top_logprobs", "prompt")):
+    if name in EFFECTS and not (path == RESPONSES and name == "prompt"):
         EFFECTS[name](ask)
     elif name not in BOOKS:
         assert refused, f"{name} has no effect, so some value of it must be refused"
@@ -305,6 +318,10 @@ def test_a_field_of_the_extension_acts(server: Running, llm: LLM, name: str) -> 
         assert error["param"] == f"dgemma.{name}", error
     if name == "trace":
         assert "trace_id" in ask(dgemma={"trace": True})["dgemma"]
+        return
+    if name == "confidence":  # what it says: test_confidence.py
+        plain, told = (ask(dgemma=settings)["choices"][0] for settings in ({}, {"confidence": True}))
+        assert "dgemma" not in plain and told["dgemma"]["confidence"]
         return
     plain, changed = ask(dgemma=setting), ask(dgemma={**setting, name: value})
     alone = llm.generate(PROMPT, seed=5, max_new_tokens=24, **setting, **{name: value})

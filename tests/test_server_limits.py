@@ -10,6 +10,7 @@ import errno
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def sent(server: Running, body: Any, buffer: int = 0) -> socket.socket:
     if buffer:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     one.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-    fields = ("host: x", "content-type: application/json", f"content-length: {len(data)}", "connection: close")
+    fields = ("host: localhost", "content-type: application/json", f"content-length: {len(data)}", "connection: close")
     one.sendall("\r\n".join(("POST /v1/chat/completions HTTP/1.1", *fields, "", "")).encode() + data)
     return one
 
@@ -138,7 +139,7 @@ def test_a_silent_stream_shows_that_it_lives(server: Running, llm: LLM, monkeypa
 def test_a_body_that_does_not_arrive(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(security, "_BODY_S", 0.2)
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as one:
-        fields = ("host: x", "content-type: application/json", "content-length: 100", "", "{")
+        fields = ("host: localhost", "content-type: application/json", "content-length: 100", "", "{")
         one.sendall("\r\n".join(("POST /v1/completions HTTP/1.1", *fields)).encode())
         assert one.recv(1000).startswith(b"HTTP/1.1 408 ")
 
@@ -255,11 +256,23 @@ def test_a_port_in_use_is_one_line() -> None:
         ("port", 70_000), ("port", True), ("max_waiting", -1), ("timeout_s", 0), ("timeout_s", float("nan")),
         ("drain_s", -1), ("host", ""), ("api_keys", ("",)), ("api_keys", ("a b",)), ("cors_origins", ("a.example",)),
         ("cors_origins", ("https://a.example/",)), ("max_body_bytes", 0),
+        ("allowed_hosts", ("",)), ("allowed_hosts", ("a.example:80",)), ("allowed_hosts", ("A.example",)),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be(name: str, value: Any) -> None:
     with pytest.raises(ConfigError):
         ServerConfig(**{name: value})
+
+
+def test_a_number_too_large_for_a_tensor_costs_nobody_else_his_answer(llm: LLM) -> None:
+    huge = [{"top_k": 2**63}, {"dgemma": {"steps": 2**64}}, {"temperature": 2.0, "dgemma": {"t_max": 1e300}}]
+    with running(llm) as server, ThreadPoolExecutor(1) as others:
+        long = others.submit(server.chat, max_tokens=100, logit_bias={"1": -100, "6": -100})
+        for fields in huge:
+            answer = server.chat(max_tokens=4, **fields)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"] in ("top_k", "dgemma.steps", "dgemma.t_max")
+        assert long.result().json()["usage"]["completion_tokens"] == 100
 
 
 def test_the_outbox_drops_the_oldest_drafts() -> None:

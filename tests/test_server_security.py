@@ -14,8 +14,8 @@ from text_kit import save_model
 
 from dgemma.api import LLM
 from dgemma.errors import ConfigError
-from dgemma.server.config import read_keys
-from dgemma.server.security import knows
+from dgemma.server.config import ServerConfig, read_keys
+from dgemma.server.security import knows, route_of
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,47 @@ def test_keys(llm: LLM) -> None:
             assert server.get(path).status_code == 200
         with pytest.raises(httpx.HTTPStatusError):
             server.get("/page/../v1/models").raise_for_status()
+
+
+def test_a_name_that_is_not_ours_is_refused_everywhere(server: Running) -> None:
+    port = server.url.rpartition(":")[2]
+    for path in ("/v1/models", "/", "/health", "/metrics", "/page/style.css"):
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+            refused = server.get(path, headers={"host": host})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (421, "host_not_allowed"), (path, host)
+            assert repr(host) in error["message"] and error["type"] == "invalid_request_error"
+        for host in ("localhost", f"LOCALHOST:{port}", "127.0.0.1:1", "[::1]", f"[::1]:{port}"):
+            assert server.get(path, headers={"host": host}).status_code == 200, (path, host)
+    assert 'dgemma_rejected_total{reason="host"} 25.0' in server.get("/metrics").text
+
+
+def test_names_that_were_allowed(llm: LLM) -> None:
+    with running(llm, allowed_hosts=("box.example", "192.168.1.5")) as server:
+        found = {
+            host: server.get("/v1/models", headers={"host": host}).status_code
+            for host in ("box.example", "Box.Example:80", "192.168.1.5:8000", "localhost", "other.example")
+        }
+    assert list(found.values()) == [200, 200, 200, 200, 421]
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "answers"),
+    [
+        ("127.0.0.1", (), False), ("127.0.0.1", ("*",), True), ("127.0.0.1", ("a.example",), True),
+        ("::1", (), False), ("localhost", (), False),
+        ("0.0.0.0", (), True), ("0.0.0.0", ("b.example",), False), ("0.0.0.0", ("a.example",), True),
+    ],
+)  # fmt: skip
+def test_who_asks_for_the_name(host: str, allowed: tuple[str, ...], answers: bool) -> None:
+    assert ServerConfig(host=host, allowed_hosts=allowed).answers_to("a.example:8000") is answers
+    assert ServerConfig(host=host, allowed_hosts=allowed).answers_to("localhost:8000")
+
+
+def test_every_route_is_counted_by_its_name(server: Running) -> None:
+    """The address on the document and the label in the metrics are one; a trace's or a model's name is no label."""
+    paths = server.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if route_of(path.replace("{name}", "{id}")) == "other"} == set()
 
 
 def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:

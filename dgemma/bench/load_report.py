@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from dgemma.bench.load_client import Outcome
 from dgemma.bench.report import machine_line, number
-from dgemma.bench.serve import Drift, LoadReport
+from dgemma.bench.serve import LEAST_JUDGED, Drift, Growth, LoadReport
 from dgemma.bench.svg import Svg
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 660, 130, 70, 84, 64
@@ -31,6 +32,16 @@ def load_tables(report: LoadReport) -> Iterator[RenderableType]:
     )
     yield ""
     yield _table({"": report})
+    growth = Growth.of(report.samples, report.outcomes)
+    yield Text(
+        f"resident memory: {number(growth.level_mb)} MB since the store of shared beginnings was as full as it got, "
+        f"after {growth.full_at} requests; "
+        + (
+            f"{growth.per_1000_mb:+.1f} MB for 1,000 requests"
+            if growth.judged
+            else f"{growth.requests} requests are too few to tell how it grows ({LEAST_JUDGED} would do)"
+        )
+    )
     for name, drift, unit in drifts(report):
         yield Text(
             f"{name}: median of the second quarter {number(drift.early)} {unit}, of the last {number(drift.late)}"
@@ -41,17 +52,9 @@ def load_tables(report: LoadReport) -> Iterator[RenderableType]:
         yield Text(f"wrong: request {one.number}: {one.got.text[:60]!r}, alone {one.expected.text[:60]!r}", "red")
 
 
-def markdown(reports: Mapping[str, LoadReport]) -> str:
-    """Several runs of one mix, a row each, as a table for a page."""
-    rows = [["", *_TITLES], ["---", *("---:" for _ in _TITLES)]]
-    rows += [[name, *_row(report)] for name, report in reports.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
 def drifts(report: LoadReport) -> Iterator[tuple[str, Drift, str]]:
-    """How memory and latencies moved over the run; nothing for a run too short to tell."""
+    """How latencies moved over the run; nothing for a run too short to tell."""
     series = {
-        "resident memory": ([sample.resident_mb for sample in report.samples], "MB"),
         "time to first text": ([1e3 * at for _, at in _firsts(report)], "ms"),
         "request": ([1e3 * one.seconds for one in _in_time(report) if one.end == "whole"], "ms"),
     }
@@ -61,7 +64,7 @@ def drifts(report: LoadReport) -> Iterator[tuple[str, Drift, str]]:
             yield name, drift, unit
 
 
-_TITLES = (
+TITLES = (
     "at once",
     "lost",
     "wrong",
@@ -75,20 +78,21 @@ _TITLES = (
 )
 
 
-def _row(report: LoadReport) -> list[str]:
-    times = (report.first_text_p50, report.first_text_p99, report.canvas_p50, report.canvas_p99)
-    wrong = str(len(report.wrong)) if report.checked else "-"
-    values = (report.requests_per_second, report.tokens_per_second, *(1e3 * time for time in times))
-    return [str(report.concurrency), str(report.lost), wrong, *map(number, values), f"{report.rows_per_forward:.1f}"]
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A run, given as its JSON, under `TITLES`."""
+    times = ("first_text_p50", "first_text_p99", "canvas_p50", "canvas_p99")
+    wrong = str(len(row["wrong"])) if row["checked"] else "-"
+    values = (row["requests_per_second"], row["tokens_per_second"], *(1e3 * row[name] for name in times))
+    return [str(row["concurrency"]), str(row["lost"]), wrong, *map(number, values), f"{row['rows_per_forward']:.1f}"]
 
 
 def _table(reports: Mapping[str, LoadReport]) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
     table.add_column("")
-    for title in _TITLES:
+    for title in TITLES:
         table.add_column(title, justify="right")
     for name, report in reports.items():
-        table.add_row(name, *_row(report))
+        table.add_row(name, *cells(report.json()))
     return table
 
 

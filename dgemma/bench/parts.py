@@ -60,9 +60,13 @@ METHODS: tuple[tuple[type, str, str], ...] = (
 
 
 class Stopwatch:
-    """Seconds by pass and part since the last `lap`; the pass is "" around passes. One thread."""
+    """Seconds by pass and part since the last `lap`; the pass is "" around passes. One thread.
 
-    def __init__(self) -> None:
+    `wait` is called wherever a part begins or ends: on a device, it waits for what was started there.
+    """
+
+    def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
+        self._wait = wait
         self._seconds: dict[tuple[str, str], float] = defaultdict(float)
         self._open: list[tuple[str, str]] = []
         self._since = 0.0
@@ -96,6 +100,7 @@ class Stopwatch:
         return timed
 
     def _turn(self) -> None:
+        self._wait()
         now = time.perf_counter()
         if self._open:
             self._seconds[self._open[-1]] += now - self._since

@@ -7,6 +7,8 @@ are done, answers every request again by itself, one at a time.
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 import math
 import re
 import statistics
@@ -25,6 +27,7 @@ from dgemma.config import EngineConfig
 from dgemma.errors import DgemmaError, RequestError
 
 FORMAT, VERSION = "dgemma-bench-serve", 1
+LEAST_JUDGED = 1000
 ALONE = EngineConfig(max_batch_rows=1, prefix_cache_tokens=0)
 """How the engine of this process must be set up, so that an answer has nobody to share anything with."""
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
@@ -103,6 +106,46 @@ class Drift:
             return None
         quarter = len(values) // 4
         return Drift(early=statistics.median(values[quarter : 2 * quarter]), late=statistics.median(values[-quarter:]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How the server's memory moved once its store of shared beginnings held as much as it ever did.
+
+    Until then it grows, and should.
+    """
+
+    full_at: int
+    """Requests that were over by then."""
+    requests: int
+    """Requests since."""
+    level_mb: float
+    """Median."""
+    per_1000_mb: float
+    """Median slope between any two readings (Theil-Sen), for 1,000 requests."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether that is enough to tell a leak from an allocator that settles."""
+        return self.requests >= LEAST_JUDGED
+
+    @staticmethod
+    def of(samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> Growth:
+        full = max(sample.prefix_tokens for sample in samples)
+        first = next(place for place, sample in enumerate(samples) if sample.prefix_tokens == full)
+        ends = sorted(one.begun + one.seconds for one in outcomes)
+        points = [(bisect.bisect(ends, sample.at), sample.resident_mb) for sample in samples[first:]]
+        slopes = [
+            (late[1] - early[1]) / (late[0] - early[0])
+            for early, late in itertools.combinations(points, 2)
+            if late[0] > early[0]
+        ]
+        return Growth(
+            full_at=points[0][0],
+            requests=points[-1][0] - points[0][0],
+            level_mb=statistics.median(memory for _, memory in points),
+            per_1000_mb=1000 * statistics.median(slopes or [0.0]),
+        )
 
 
 def run_load(

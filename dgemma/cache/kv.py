@@ -94,6 +94,16 @@ class KVCache:
             start += count
         return views
 
+    def before(self, length: int) -> KVCache:
+        """This cache as it was at `length` tokens, to be read; allowed where `can_truncate` says so."""
+        if length == self.length:
+            return self
+        assert self.can_truncate(length)
+        view = object.__new__(KVCache)
+        view.__dict__.update(self.__dict__)
+        view.length = length
+        return view
+
     def can_truncate(self, length: int) -> bool:
         """Whether the rings still hold the W - 1 tokens before `length`."""
         return 0 <= length <= self.length and self._holds(max(0, length - (self._window - 1)))

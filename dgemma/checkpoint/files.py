@@ -20,7 +20,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODES = {"I8": torch.int8, "U8": torch.uint8}  # only as parts of a quantised weight
+CODES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # only as parts of a quantised weight
 _HUB_FILES = ["*.json", "*.jinja", "README.md"]
 
 

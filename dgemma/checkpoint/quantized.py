@@ -7,7 +7,7 @@ parts. Knows which tensors belong together, not what is in them: that is the for
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dgemma.errors import CheckpointError, ConfigError
 from dgemma.kernels.matrix import Matrix
 from dgemma.model import DiffusionGemma
 from dgemma.quant import Part, WeightFormat, make_format
+from dgemma.quant.protocol import stack_of
 from dgemma.quant.sites import install, weight_sites
 
 # Without HF's key `quant_method` transformers refuses the folder; with one that it does not know it only warns, and
@@ -112,7 +113,7 @@ def _check(name: str, pack: Pack, weight_format: WeightFormat) -> None:
 
 
 def check_plain(entries: Mapping[str, Entry]) -> None:
-    """Whole numbers are no weights of their own."""
+    """Codes are no weights of their own."""
     for name, entry in entries.items():
         if entry.dtype in CODES.values():
             (kind,) = (kind for kind, dtype in CODES.items() if dtype is entry.dtype)
@@ -130,7 +131,7 @@ def fill_packs(
     model: DiffusionGemma, packs: Mapping[str, Pack], weight_format: WeightFormat, device: torch.device
 ) -> None:
     """Put a matrix in the place of every quantised weight. On the CPU its parts may stay views of the mapped file."""
-    matrices: dict[str, list[Matrix]] = {}
+    matrices: dict[str, Sequence[Matrix]] = {}
     handles: dict[Path, Any] = {}
     for name, pack in sorted(packs.items(), key=_place):
         if weight_format.copies:
@@ -148,11 +149,8 @@ def _place(pack: tuple[str, Pack]) -> tuple[Path, str]:
     return min((entry.file, pack[0]) for _, entry in pack[1].parts.values())
 
 
-def _matrices(parts: Mapping[str, Tensor], shape: Sequence[int], weight_format: WeightFormat) -> list[Matrix]:
+def _matrices(parts: Mapping[str, Tensor], shape: Sequence[int], weight_format: WeightFormat) -> Sequence[Matrix]:
     *stack, rows, columns = shape
     if not stack:
         return [weight_format.matrix(parts, (rows, columns))]
-    singles: Iterable[dict[str, Tensor]] = (
-        {part: tensor[index] for part, tensor in parts.items()} for index in range(stack[0])
-    )
-    return [weight_format.matrix(single, (rows, columns)) for single in singles]
+    return stack_of(weight_format, parts, (stack[0], rows, columns))

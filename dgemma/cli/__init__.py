@@ -11,12 +11,29 @@ from collections.abc import Sequence
 from types import FrameType
 
 from dgemma import __version__
-from dgemma.cli import batch, bench, chat, generate, info, quantize, replay, score, serve, sudoku, train
+from dgemma.cli import (
+    batch,
+    bench,
+    calibrate,
+    chat,
+    edit,
+    generate,
+    infill,
+    info,
+    quantize,
+    replay,
+    score,
+    serve,
+    sudoku,
+    train,
+)
 from dgemma.cli.arguments import Parser
 from dgemma.cli.output import abandon_stdout, complain, flush, prepare_streams
 from dgemma.errors import DgemmaError
 
-COMMANDS = (generate, chat, serve, batch, score, info, replay, sudoku, train, quantize, bench)
+COMMANDS = (
+    generate, chat, infill, edit, serve, batch, score, info, replay, sudoku, train, calibrate, quantize, bench,
+)  # fmt: skip
 OK, USAGE, INTERRUPTED, TERMINATED = 0, 2, 130, 143
 ENGINE_THREAD = "dgemma-engine"
 _PATIENCE_S = 0.5

@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import importlib.util
 import os
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dgemma.cli.arguments import add_loading, settings_of
 from dgemma.cli.output import write
@@ -27,7 +28,6 @@ DESCRIPTION = (
     "answers each again alone. Exit status 2 if an answer was lost or wrong."
 )
 _TABLE = (1, 8, 64)
-_TABLE_FORMAT = "dgemma-bench-serve-table"
 _KEY_VARIABLE = "OPENAI_API_KEY"
 
 
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest-prompt", type=int, default=2000, metavar="N", help="tokens (2000)")
     parser.add_argument(
         "--table", action="store_true", help="1, 8 and 64 streams at once, each with and without batching"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="with --table and --json FILE: only the rows that FILE does not have"
     )
     parser.add_argument("--max-rows", type=int, metavar="N", help="of the server that is started")
     parser.add_argument("--kv-bytes", type=int, metavar="N", help="of the server that is started")
@@ -55,6 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("dgemma bench serve needs httpx: pip install 'dgemma[serve]'")
     if arguments.table and (arguments.url or arguments.plot):
         raise RequestError("--table starts its own servers and draws no chart: it takes no --url and no --plot")
+    if arguments.resume and not (arguments.table and arguments.json not in (None, "-")):
+        raise RequestError("--resume goes on with the rows of a table in a file: it needs --table and --json FILE")
+    if arguments.table and arguments.requests is not None and arguments.requests < max(_TABLE):
+        raise RequestError(f"--table needs at least {max(_TABLE)} requests for {max(_TABLE)} streams at once")
     if arguments.url and (arguments.max_rows or arguments.kv_bytes):
         raise RequestError("--max-rows and --kv-bytes are for a server that is started: they go without --url")
     usual = 64 if arguments.table else 200
@@ -63,58 +70,92 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.mix_seed,
         longest_prompt=arguments.longest_prompt,
     )
-    reports = _table(arguments, mix) if arguments.table else _one(arguments, mix)
-    lost, wrong = sum(report.lost for report in reports), sum(len(report.wrong) for report in reports)
+    reports = _table(arguments, mix) if arguments.table else [_one(arguments, mix)]
+    lost, wrong = sum(report["lost"] for report in reports), sum(len(report["wrong"]) for report in reports)
     if lost or wrong:
         raise DgemmaError(f"{lost} answers were lost and {wrong} are not what the same request gets alone")
 
 
-def _one(arguments: argparse.Namespace, mix: MixSettings) -> list[LoadReport]:
+def _one(arguments: argparse.Namespace, mix: MixSettings) -> dict[str, Any]:
     from dgemma.bench.load_report import load_plot, load_tables
 
-    (report,) = _measured(arguments, mix, {"": (arguments.concurrency, arguments.max_rows)}).values()
-    deliver(arguments, Outcome(report.json(), load_tables(report), lambda: load_plot(report)))
-    return [report]
+    with _Bench(arguments, mix) as bench:
+        report = bench.measured(arguments.concurrency, arguments.max_rows)
+    data = report.json()
+    deliver(arguments, Outcome(data, load_tables(report), lambda: load_plot(report)))
+    return data
 
 
-def _table(arguments: argparse.Namespace, mix: MixSettings) -> list[LoadReport]:
-    from dgemma.bench.load_report import markdown
+def _table(arguments: argparse.Namespace, mix: MixSettings) -> list[Mapping[str, Any]]:
+    from dgemma.bench import load_table as table
 
     # Everybody stays and streams, so that the rows differ in nothing but who shares a pass.
     mix = replace(mix, cancelled=0.0, stopped=0.0, streamed=1.0, chat=0.0)
-    kinds = {"batching": arguments.max_rows, "one at a time": 1}
-    runs = {f"{count}, {name}": (count, rows) for count in _TABLE for name, rows in kinds.items()}
-    reports = _measured(arguments, mix, runs)
-    rows_json = {name: report.json() for name, report in reports.items()}
-    deliver(arguments, Outcome({"format": _TABLE_FORMAT, "version": 1, "rows": rows_json}, ()))
-    if arguments.json != "-":
-        write(markdown(reports))
-    return list(reports.values())
+    file = Path(arguments.json) if arguments.json not in (None, "-") else None
+    rows: dict[str, Mapping[str, Any]] = {}
+    with _Bench(arguments, mix) as bench:
+        if file and arguments.resume:
+            rows |= table.kept(file, bench.facts)
+        for count in _TABLE:
+            for kind, places in ((table.BATCHING, arguments.max_rows), (table.ALONE, 1)):
+                name = table.row_name(count, kind)
+                if name not in rows:
+                    rows[name] = bench.measured(count, places).json()
+                    if file:  # after every row: whoever is cut off goes on from here
+                        table.save(file, rows)
+    if arguments.json == "-":
+        deliver(arguments, Outcome(table.table_json(rows), ()))
+    else:
+        write(f"{table.absolute(rows)}\n{table.ratios(rows)}")
+    return list(rows.values())
 
 
-def _measured(
-    arguments: argparse.Namespace, mix: MixSettings, runs: Mapping[str, tuple[int, int | None]]
-) -> dict[str, LoadReport]:
-    """Reports of runs, each with its clients at once and the rows of its server."""
-    from dgemma.api import LLM
-    from dgemma.bench.serve import ALONE, run_load
-    from dgemma.bench.server_process import ServerProcess
+class _Bench:
+    """A context: the model that answers alone, and a server for each run."""
 
-    chosen = settings_of(arguments)
-    key = os.environ.get(_KEY_VARIABLE) if arguments.url else None
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    known: dict[Item, Expected] | None = None if arguments.no_check else {}
-    reports = {}
-    with telling() as say:
-        say(f"loading {chosen.model}")
-        llm = LLM.load(chosen.model, device=chosen.device, dtype=chosen.dtype, threads=chosen.threads, engine=ALONE)
-        for name, (concurrency, rows) in runs.items():
-            with contextlib.ExitStack() as stack:
-                say("starting the server")
-                flags = _flags(chosen, concurrency, {"max-rows": rows, "kv-bytes": arguments.kv_bytes})
-                url = arguments.url or stack.enter_context(ServerProcess(chosen.model, flags)).url
-                reports[name] = run_load(llm, url, mix, concurrency, headers=headers, known=known, say=say)
-    return reports
+    def __init__(self, arguments: argparse.Namespace, mix: MixSettings) -> None:
+        self._arguments, self._mix = arguments, mix
+        self._known: dict[Item, Expected] | None = None if arguments.no_check else {}
+
+    def __enter__(self) -> _Bench:
+        from dgemma.api import LLM
+        from dgemma.bench.serve import ALONE
+
+        chosen = self._chosen = settings_of(self._arguments)
+        with contextlib.ExitStack() as stack:
+            self._say: Callable[[str], object] = stack.enter_context(telling())
+            self._say(f"loading {chosen.model}")
+            self._llm = LLM.load(
+                chosen.model, device=chosen.device, dtype=chosen.dtype, threads=chosen.threads, engine=ALONE
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What two rows must have in common to be compared."""
+        from dgemma.bench.machine import Machine
+
+        machine = asdict(Machine.of(self._llm.device, self._llm.dtype))
+        compared = self._known is not None
+        return {"model": self._llm.name, "mix": asdict(self._mix), "machine": machine, "compared": compared}
+
+    def measured(self, concurrency: int, rows: int | None) -> LoadReport:
+        """A run with so many clients at once, against a server with so many rows."""
+        from dgemma.bench.serve import run_load
+        from dgemma.bench.server_process import ServerProcess
+
+        arguments = self._arguments
+        key = os.environ.get(_KEY_VARIABLE) if arguments.url else None
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        with contextlib.ExitStack() as stack:
+            self._say("starting the server")
+            flags = _flags(self._chosen, concurrency, {"max-rows": rows, "kv-bytes": arguments.kv_bytes})
+            url = arguments.url or stack.enter_context(ServerProcess(self._chosen.model, flags)).url
+            return run_load(self._llm, url, self._mix, concurrency, headers=headers, known=self._known, say=self._say)
 
 
 def _flags(chosen: Settings, concurrency: int, engine: Mapping[str, int | None]) -> list[str]:

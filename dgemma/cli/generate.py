@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+from dataclasses import asdict
 from typing import Any
 
 from dgemma.cli.arguments import add_generation, add_loading, add_screen, settings_of, text_of
+from dgemma.cli.language import add_language, language_of
 from dgemma.cli.output import Silent, display_for, summarise, summary, write_json
 from dgemma.cli.running import load, play
 from dgemma.config import GenerationConfig
-from dgemma.trace import Header, TraceWriter, create
+from dgemma.text.confidence import TokenConfidence, token_confidence
+from dgemma.trace import Header, TraceWriter, create, finite
 from dgemma.view import Progress, moments
 
 NAME = "generate"
@@ -26,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
     add_generation(parser)
     add_screen(parser)
+    add_language(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument("--trace", metavar="FILE", help="record every step for `dgemma replay`")
 
@@ -33,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     prompt = text_of(arguments.prompt, "prompt")
+    language = language_of(arguments)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(create(arguments.trace)) if arguments.trace else None
         llm = load(settings)
@@ -46,14 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.json
             else display_for(live=not arguments.no_live, quiet=arguments.quiet, piece=piece, blank=blank, prompt=prompt)
         )
-        events = llm.stream(ids, **settings.generation)
+        events = llm.stream(ids, **settings.generation, **language)
         progress = Progress()
         try:
             play(moments(events, llm.tokenizer, config.stop_tokens), display, progress, writer)
         finally:
             # Also after a ctrl-C: what was generated so far is worth its line.
             if arguments.json:
-                write_json(result(llm.name, config, prompt, progress))
+                sure = token_confidence(progress.committed, llm.tokenizer, config.stop_tokens)
+                write_json(result(llm.name, config, prompt, progress) | {"confidence": [_rounded(one) for one in sure]})
             else:
                 summarise(summary(progress, config.seed), arguments.quiet)
     return 0
@@ -72,7 +78,13 @@ def result(model: str, config: GenerationConfig, prompt: str, progress: Progress
         "seed": config.seed,
         "mode": config.mode,
         "steps": progress.steps,
-        "stops": progress.stops if config.mode == "diffusion" else ["ar"],
+        "stops": [stop for stop in progress.stops if stop != "ar"] or ["ar"] * (config.mode != "diffusion"),
+        **({"accepted": list(end.accepted)} if config.mode == "verified" and end else {}),
         "tokens_per_forward": round(progress.tokens_per_forward, 4),
         "seconds": round(progress.seconds, 4),
     }
+
+
+def _rounded(one: TokenConfidence) -> dict[str, Any]:
+    nats = {"entropy": finite(one.entropy), "top_logprob": finite(one.top_logprob)}
+    return asdict(one) | {name: None if value is None else round(value, 4) for name, value in nats.items()}

@@ -29,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", default=argparse.SUPPRESS, help="a shipped name, a folder or a hub id (default)"
     )
+    parser.add_argument("--plan", action="store_true", help="bytes on a GPU by weight format, and which cards hold it")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    facts = describe(settings_of(arguments).model)
+    facts = describe(settings_of(arguments).model, plan=arguments.plan)
     if arguments.json:
         write_json(facts)
     elif sys.stdout.isatty():
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def describe(model: str) -> dict[str, Any]:
+def describe(model: str, plan: bool = False) -> dict[str, Any]:
     """Everything `info` knows of a checkpoint, as JSON has it."""
     from dgemma.checkpoint.files import CONFIG, GENERATION, find_folder, read_json
 
@@ -52,7 +53,7 @@ def describe(model: str) -> dict[str, Any]:
     config = ModelConfig.from_hf(read_json(folder / CONFIG))
     path = folder / GENERATION
     generation = GenerationConfig.from_hf(read_json(path) if path.is_file() else {}, config)
-    return {
+    facts = {
         "name": name,
         "folder": str(folder),
         "shape": _shape(config),
@@ -63,6 +64,11 @@ def describe(model: str) -> dict[str, Any]:
         "card": _card(folder / "README.md"),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
     }
+    if plan:
+        from dgemma.bench.plan import memory_plan
+
+        facts["plan"] = memory_plan(config).json()
+    return facts
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
@@ -196,8 +202,26 @@ def _sections(facts: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
         ("generation", _rows(facts["generation"])),
         ("tokenizer", _rows(facts["tokenizer"])),
         ("files", files),
+        *(_plan_sections(facts["plan"]) if "plan" in facts else []),
     ]
     return [(title, rows) for title, rows in sections if rows or title.startswith(facts["name"])]
+
+
+def _plan_sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    sizes = {f"weights, {name}": size for name, size in plan["weights"].items()}
+    sizes |= {
+        "KV, sliding layers": plan["ring"],
+        "KV, 1,000 tokens": plan["kv_per_1000"],
+        "copy of a layer's, 1,000": plan["copy_per_1000"],
+        "workspace": sum(plan["workspace"].values()),
+        "reserve (assumed)": plan["reserve"],
+    }
+    fits = [
+        (f"{fit['card_gib']} GiB, {fit['format']}", f"fits, up to {fit['context']:,} tokens" if fit["fits"] else "no")
+        for fit in plan["fits"]
+    ]
+    title = "memory plan (one request, keys and values in bfloat16; computed, not measured)"
+    return [(title, [(name, human_bytes(size)) for name, size in sizes.items()]), ("cards", fits)]
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:

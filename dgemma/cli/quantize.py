@@ -1,4 +1,4 @@
-"""Write a checkpoint with its weights in fewer bits: int8wo and int4wo to save memory, int8dyn to save time."""
+"""Write a checkpoint with its weights in fewer bits: int8wo and int4wo for memory, int8dyn for time, fp8 for GPUs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LARGE = 1_000_000_000  # bytes of weights from which the report runs in the sto
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a shipped name, a checkpoint folder, or a Hugging Face id")
     parser.add_argument("folder", metavar="OUT", help="the new folder")
-    parser.add_argument("--format", required=True, metavar="NAME", help="int8wo, int4wo or int8dyn")
+    parser.add_argument("--format", required=True, metavar="NAME", help="int8wo, int4wo, int8dyn or fp8")
     parser.add_argument(
         "--group", type=int, metavar="N", help="columns that share a scale: 32, 64 or 128 (int4wo: 64; int8wo: the row)"
     )

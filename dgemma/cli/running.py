@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def load(settings: Settings, engine: EngineConfig | None = None) -> LLM:
     """The model of the settings. In a terminal something turns meanwhile."""
-    with _busy(f"loading {settings.model} …"):
+    with busy(f"loading {settings.model} …"):
         from dgemma.api import LLM
 
         _check_device(settings.device)
@@ -53,7 +53,7 @@ def play(moments: Generator[Moment], display: Display, progress: Progress, write
             display.show(moment, progress)
 
 
-def _busy(what: str) -> contextlib.AbstractContextManager[object]:
+def busy(what: str) -> contextlib.AbstractContextManager[object]:
     if not sys.stdout.isatty():
         return contextlib.nullcontext()
     from dgemma.cli.terminal import console

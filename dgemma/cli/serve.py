@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file", metavar="FILE", help="keys that are let in, one a line; also DGEMMA_API_KEYS, with commas"
     )
     group.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="a name by which it may be called, beside localhost; * is every one; repeatable",
+    )  # fmt: skip
+    group.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL", help="a page's origin that may call; repeatable"
     )
     group.add_argument("--max-waiting", type=int, default=64, metavar="N", help="answers that may wait (64)")
@@ -86,6 +90,7 @@ def config_of(arguments: argparse.Namespace) -> ServerConfig:
         max_waiting=arguments.max_waiting,
         timeout_s=arguments.timeout,
         drain_s=arguments.drain,
+        allowed_hosts=tuple(name.lower() for name in arguments.allowed_host),
         cors_origins=tuple(arguments.cors_origin),
         log_prompts=arguments.log_prompts,
         trace_folder=folder,
@@ -112,8 +117,7 @@ def _serve(arguments: argparse.Namespace, settings: Settings, config: ServerConf
         from dgemma.server.run import serve
 
         llm = load(settings, _engine(arguments, config))
-        own = {name: value for name, value in settings.generation.items() if name != "seed"}
-        llm.generation = llm.generation.with_(**own)
+        llm.generation = llm.generation.with_(**settings.of_requests)
         serve(llm, config, listener, announce=lambda url: _greet(llm, url))
     return 0
 
@@ -166,10 +170,17 @@ def _serve_replicas(arguments: argparse.Namespace, settings: Settings, config: S
 def _serve_vllm(arguments: argparse.Namespace, settings: Settings, config: ServerConfig) -> int:
     from dgemma.server.vllm import serve_vllm
 
-    usual = {"replicas": None, "max_replicas": None, "address": None, "max_rows": 64, "kv_bytes": 0}
+    usual: dict[str, object] = {
+        "replicas": None,
+        "max_replicas": None,
+        "address": None,
+        "max_rows": 64,
+        "kv_bytes": 0,
+        "allowed_host": [],
+    }
     for name, value in usual.items():
         if getattr(arguments, name) != value:
-            raise ConfigError(f"--{name.replace('_', '-')} is for dgemma's own engine, not for --engine vllm")
+            raise ConfigError(f"--{name.replace('_', '-')} is for dgemma's own server, not for --engine vllm")
     try:
         extra = tuple(shlex.split(arguments.vllm_args))
     except ValueError as error:

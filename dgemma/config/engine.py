@@ -32,13 +32,23 @@ class EngineConfig:
     prefix_block: int = 32
     """Tokens that are encoded, kept and reused together. Smaller ones find longer beginnings, larger ones cost less."""
 
+    canvas_cost: float | None = None
+    """What a pass over a canvas costs, in autoregressive tokens: with it mode "verified" reckons whether drafts pay.
+    None: as this engine's own passes turn out.
+    """
+
     @property
     def block(self) -> int:
         """Tokens of a block: no more than a pass takes."""
         return min(self.prefix_block, self.encode_chunk)
 
     def __post_init__(self) -> None:
+        cost = self.canvas_cost
+        if cost is not None and (isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 < cost < 1e6):
+            raise ConfigError(f"canvas_cost must be a number above 0, or None, got {cost!r}")
         for field in fields(self):
+            if field.name == "canvas_cost":
+                continue
             value, low = getattr(self, field.name), 0 if field.name in ("prefix_cache_tokens", "kv_bytes") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{field.name} must be a whole number of at least {low}, got {value!r}")

@@ -10,11 +10,22 @@ from typing import Any, Literal, get_args
 from dgemma.config.model import ModelConfig, token_ids
 from dgemma.errors import RequestError
 
-Mode = Literal["diffusion", "ar"]
+Mode = Literal["diffusion", "ar", "verified"]
 Convention = Literal["hf", "jax"]
 Narrow = Literal["auto", "never", "short", "adaptive"]
+VerifyDraft = Literal["argmax", "sample"]
+VerifyPace = Literal["adaptive", "fixed"]
 BAN = -100.0
 """A `logit_bias` from which down a token is excluded, not just unlikely."""
+_MOST, _LARGEST = 2**31 - 1, 2.0**127
+"""What tensors of rows hold: one value too large for them would end a pass that others share."""
+_CHOICES = (
+    ("convention", Convention),
+    ("mode", Mode),
+    ("narrow", Narrow),
+    ("verify_draft", VerifyDraft),
+    ("verify_pace", VerifyPace),
+)
 _FOR_AR = ("temperature", "top_k", "top_p", "logit_bias", "presence_penalty", "frequency_penalty")
 
 
@@ -48,6 +59,14 @@ class GenerationConfig:
     sampler: str = "entropy_bound"
     convention: Convention = "hf"
     mode: Mode = "diffusion"
+    """`"ar"`: the encoder writes token by token. `"verified"`: canvases draft, and the encoder accepts or corrects, so
+    that the answer has exactly the law of `"ar"`; parameters of the draw then mean what they mean there."""
+    verify_draft: VerifyDraft = "argmax"
+    """What a canvas proposes in mode verified: its likeliest tokens, so that the answer is token by token that of mode
+    `"ar"` with the same seed, or tokens drawn from its prediction."""
+    verify_pace: VerifyPace = "adaptive"
+    """`"adaptive"`: width and steps (at most `max_denoising_steps`) of a draft, or none, as it pays. `"fixed"`: always
+    `canvas_length` and at most `max_denoising_steps`."""
     seed: int = 0
     choice: int = 0
     """Which of several answers to the same prompt this is; part of the random key."""
@@ -87,22 +106,23 @@ class GenerationConfig:
         self._real("accept_confidence", low=0.0, high=1.0)
         if self.t_max <= self.t_min:
             raise RequestError(f"t_max must be greater than t_min ({self.t_min}), got {self.t_max}")
-        for name, allowed in (("convention", Convention), ("mode", Mode), ("narrow", Narrow)):
+        for name, allowed in _CHOICES:
             if getattr(self, name) not in get_args(allowed):
                 raise RequestError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
 
     def _whole(self, name: str, low: int | None = None) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
-            bound = "" if low is None else f" of at least {low}"
+        good = isinstance(value, int) and not isinstance(value, bool)
+        if not good or (low is not None and not low <= value <= _MOST):
+            bound = "" if low is None else f" in {low}..{_MOST}" if good and value > _MOST else f" of at least {low}"
             raise RequestError(f"{name} must be a whole number{bound}, got {value!r}")
 
-    def _real(self, name: str, low: float, high: float = math.inf, open_low: bool = True) -> None:
+    def _real(self, name: str, low: float, high: float = _LARGEST, open_low: bool = True) -> None:
         value = getattr(self, name)
         good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not good or value > high or value < low or (open_low and value == low):
             span = f"{'more than' if open_low else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
+                f" and at most {high:g}" if high < _LARGEST or (good and value > high) else ""
             )
             raise RequestError(f"{name} must be a number {span}, got {value!r}")
 

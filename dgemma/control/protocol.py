@@ -6,10 +6,13 @@ the programme: DINGO (arXiv 2505.23061), and `docs/constraints.md` for what we d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from dgemma.config import GenerationConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +44,12 @@ class Ask:
 class Solved:
     """The constrained posterior: `weight [n, K]` are log-factors g, with which a position's marginal is
     p(t) proportional to p_model(t) exp(g[class of t]); `path [n]` the classes of the most likely path, `drawn [n]`
-    those of one path drawn from the posterior."""
+    those of one path drawn from the posterior. `states` are the n + 1 states that the most likely path goes through."""
 
     weight: Tensor
     path: Tensor
     drawn: Tensor
+    states: tuple[int, ...]
 
 
 class Constraint(Protocol):
@@ -57,7 +61,17 @@ class Constraint(Protocol):
     @property
     def start(self) -> int: ...
 
-    def advance(self, state: int, tokens: list[int]) -> int:
+    @property
+    def raw_signal(self) -> bool:
+        """Whether self-conditioning gets the soft embedding of the unconstrained prediction; only to be compared."""
+
+    def check(self, config: GenerationConfig) -> None:
+        """`RequestError` if no answer can be had with these settings."""
+
+    def advance(self, state: int, tokens: Sequence[int]) -> int:
         """The state after more committed tokens."""
+
+    def parse(self, text: str) -> Any:
+        """The value that a finished answer spells, None if it is a text and nothing else."""
 
     def solve(self, ask: Ask) -> Solved: ...

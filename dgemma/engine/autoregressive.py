@@ -38,6 +38,17 @@ def next_tokens(logits: Tensor, configs: Sequence[GenerationConfig], positions: 
     return draw_tokens(shaped, argmax, uniforms, temperature, None).tolist()
 
 
+def laws(logits: Tensor, config: GenerationConfig) -> Tensor:
+    """What `next_tokens` draws from, as float64 probabilities `[R, V]`, for rows of one configuration."""
+    vocab = logits.shape[-1]
+    if config.temperature == 0:
+        ids = torch.arange(vocab, device=logits.device)
+        best = torch.where(logits == logits.amax(dim=-1, keepdim=True), ids, vocab).amin(dim=-1)
+        return torch.nn.functional.one_hot(best, vocab).double()
+    wide = torch.stack([_shape(row, config) for row in logits]).double()
+    return torch.softmax((wide - wide.amax(dim=-1, keepdim=True)) / config.temperature, dim=-1)
+
+
 def _shape(logits: Tensor, config: GenerationConfig) -> Tensor:
     """`logits [V]` with what top_k and top_p exclude at minus infinity; top_k keeps what equals its last."""
     if config.temperature == 0:

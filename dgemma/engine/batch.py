@@ -69,6 +69,7 @@ class CanvasBatch:
             self._padded([canvas.history.argmax[0] for canvas in self.canvases]),
             torch.cat([canvas.history.run for canvas in self.canvases]),
         )
+        changed = stats.argmax != history.argmax
         done, history = should_stop(stats, rows, history, StopRule.of(self._configs, self._device))
         # Samplers are cheap and see rows apart: run each on the whole batch, take the rows it is for.
         taken = {name: get_sampler(name)(stats, rows, noise) for name in {c.sampler for c in self._configs}}
@@ -79,6 +80,7 @@ class CanvasBatch:
             steps.append(Step(canvas=step.canvas[row, :width], accepted=step.accepted[row, :width]))
             canvas.ids, canvas.soft = steps[-1].canvas, softs[row]
             canvas.history = History(history.argmax[row : row + 1, :width], history.run[row : row + 1])
+            canvas.changes = canvas.changes.after(changed[row, :width], config.max_denoising_steps - canvas.step + 1)
             canvas.step -= 1
         return stats, steps, done.tolist()
 

@@ -7,8 +7,9 @@ requests join and leave between ticks, and nobody waits for the slowest. One thr
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from hashlib import blake2b
 from itertools import count
@@ -20,19 +21,23 @@ from dgemma.cache import KVCache, PrefixCounters, PrefixStore, kv_bytes
 from dgemma.config import EngineConfig
 from dgemma.diffusion.finalise import finalise
 from dgemma.diffusion.protocol import Stats, Step
-from dgemma.engine.autoregressive import next_tokens
 from dgemma.engine.batch import CanvasBatch
+from dgemma.engine.confidence import confidence
+from dgemma.engine.drafting import Drafting
+from dgemma.engine.hooked import obey, settled, step_view
 from dgemma.engine.load import Load, Totals
+from dgemma.engine.pace import Costs, Pace
 from dgemma.engine.request import Request, State, max_canvas, validate
 from dgemma.engine.runner import Counters, Runner
 from dgemma.engine.scheduler import parts, plan_denoise, plan_encode
 from dgemma.engine.scoring import Scoring, score
-from dgemma.engine.shaping import with_biases
+from dgemma.engine.verified import by_draws, judge, propose, settle
 from dgemma.errors import CapacityError, ConfigError, RequestError
 from dgemma.events import Committed, Draft, Event, Finished, Scored
 from dgemma.model import DiffusionGemma
 
 _DEFAULT = EngineConfig()
+_CANVAS_COST = 3.0  # in autoregressive tokens, where none is configured and nothing may be measured
 
 
 class Engine:
@@ -64,6 +69,9 @@ class Engine:
         self._next_id = 0
         self._turn = count(1)
         self._kv_reserved = 0
+        self.faults: dict[int, RequestError] = {}
+        """Why requests were aborted whose hook failed; whoever ticks takes them out."""
+        self._pace = Pace(Costs(config.canvas_cost))
         self._totals = Totals()
         self._load = Load(kv_limit=config.kv_bytes)
 
@@ -121,9 +129,17 @@ class Engine:
         """Encode what is pending, then take a denoising step; the events of both in order."""
         while self._waiting and len(self._running) < self.config.max_batch_rows and self._fits(self._waiting[0][1]):
             self._admit(*self._waiting.popleft())
-        events = [*self._encode(), *self._denoise()]
+        events = [*self._timed("encode", self._encode), *self._timed("denoise", self._denoise)]
         self._totals.events(events)
         self._snapshot()
+        return events
+
+    def _timed(self, kind: str, run: Callable[[], list[Event]]) -> list[Event]:
+        """A pass, whose price mode verified wants to know."""
+        begun, before = time.perf_counter(), self.counters
+        events = run()
+        rows = getattr(self.counters, f"{kind}d_tokens") - getattr(before, f"{kind}d_tokens")
+        self._pace.costs.saw(kind, rows, time.perf_counter() - begun)
         return events
 
     @property
@@ -170,6 +186,10 @@ class Engine:
             # The next token's distribution comes from encoding the last one: who needs it must leave that to do.
             usable = request.prompt[: len(request.prompt) - request.starts_from_last]
             state.cached_tokens = state.whole = self.prefixes.take(self._root, usable, state.cache)
+        if request.config.mode == "verified":
+            # Drawn drafts shape the answer, which may depend neither on others nor on a clock.
+            alone = by_draws(request.config)
+            state.drafting = Drafting(Pace(Costs(self.config.canvas_cost or _CANVAS_COST)) if alone else self._pace)
         self._running[number] = state
         self._kv_reserved += size
         self._totals.admit(len(request.prompt))
@@ -184,8 +204,10 @@ class Engine:
         for state, counts in zip(states, cuts, strict=True):
             state.turn = next(self._turn)
             state.encode_passes += state.cache.length >= len(state.request.prompt)
+            tokens = [*state.ids[state.cache.length :], *state.drafted]
             for cache, size in zip(state.cache.segments(counts), counts, strict=True):
-                jobs.append((cache, state.ids[cache.length : cache.length + size]))
+                begin = cache.length - state.cache.length
+                jobs.append((cache, tokens[begin : begin + size]))
         rest = iter(self.runner.encode(jobs))
         hidden = [[next(rest) for _ in counts] for counts in cuts]
         events: list[Event] = []
@@ -194,7 +216,8 @@ class Engine:
             self._advance(state, counts)
             if state.scoring:
                 events += self._score(state, state.scoring, begin, torch.cat(rows))
-        last = [rows[-1][-1:] for state, rows in zip(states, hidden, strict=True) if _draws_next(state)]
+        pairs = zip(states, hidden, strict=True)
+        last = [rows[-1][-1 - len(state.drafted) :] for state, rows in pairs if _draws_next(state)]
         return events + (self._extend([state for state in states if _draws_next(state)], last) if last else [])
 
     def _score(self, state: State, scoring: Scoring, begin: int, hidden: Tensor) -> list[Event]:
@@ -204,7 +227,7 @@ class Engine:
 
     def _advance(self, state: State, counts: Sequence[int]) -> None:
         """Make what a pass encoded part of the cache, and keep its whole blocks for others."""
-        aligned = state.whole == state.cache.length
+        aligned = state.whole == state.cache.length and not state.drafted
         state.cache.advance(sum(counts))
         fresh = counts.count(self.config.block) * self.config.block if aligned else 0
         state.whole += fresh
@@ -212,18 +235,18 @@ class Engine:
             self.prefixes.put(self._root, state.ids[: state.whole], state.cache)
 
     def _extend(self, states: Sequence[State], last: Sequence[Tensor]) -> list[Event]:
-        """The next token of autoregressive requests from their last hidden states `[1, H]`."""
-        logits = self.runner.logits(torch.cat(list(last)))
-        configs = [state.config for state in states]
-        shaped = with_biases(logits, configs, [state.counts for state in states])
-        tokens = next_tokens(shaped, configs, [len(state.ids) for state in states])
+        """What the encoder writes next, from the hidden states `[n + 1, H]` of a last token and n drafted ones."""
         events: list[Event] = []
-        for row, (state, token) in enumerate(zip(states, tokens, strict=True)):
-            place, asked = state.completion, state.request.logprobs
-            events.append(self._commit(state, place, [token], 0, "ar"))
+        for state, verdict in zip(states, judge(self.runner, states, last), strict=True):
+            number, asked, proposal = state.commits, state.request.logprobs, state.drafting and state.drafting.proposal
+            steps, stop = (proposal.steps, proposal.stop) if proposal else (0, "ar")
+            committed = self._commit(state, number, verdict.tokens, steps, stop)
+            settle(state, committed.tokens, self.model_config, len(self._running))
+            events.append(committed)
             if asked is not None:
-                logprobs, tops = score(logits[row : row + 1], [token], asked)
-                events.append(Scored(state.id, place, tuple(logprobs), tuple(tops), ()))
+                logits = torch.cat(verdict.logits)[: len(committed.tokens)]
+                logprobs, tops = score(logits, committed.tokens, asked)
+                events.append(Scored(state.id, number, tuple(logprobs), tuple(tops), ()))
             events += self._end(state)
         return events
 
@@ -237,12 +260,23 @@ class Engine:
             if state.canvas is None:
                 state.start_canvas(self.model_config, self.runner.device)
         batch = CanvasBatch(states, self.model_config.vocab_size, self.runner.device)
-        jobs = [(state.cache, canvas.ids) for state, canvas in zip(states, batch.canvases, strict=True)]
+        jobs = [
+            (state.cache.before(len(state.ids) - canvas.lead), canvas.ids)
+            for state, canvas in zip(states, batch.canvases, strict=True)
+        ]
         out = self.runner.denoise(jobs, [canvas.soft for canvas in batch.canvases], batch.draws())
         stats, steps, stable = batch.finish(out)
         hidden = out.hidden.split(batch.widths)
         events: list[Event] = []
         for row, state in enumerate(states):
+            if state.control.hook is not None:
+                try:
+                    view = step_view(state, jobs[row][1], stats, steps[row], row, self.model_config.vocab_size)
+                    steps[row], stable[row] = obey(state, view, steps[row], stable[row], self.runner)
+                except RequestError as fault:
+                    self.faults[state.id] = fault
+                    events.append(self._finish(state, "abort"))
+                    continue
             if state.request.watch:
                 events.append(_draft(state, stats, steps[row], row, float(batch.temperature[row])))
             events += self._after_step(state, stats, steps[row], row, stable[row], hidden[row])
@@ -253,19 +287,25 @@ class Engine:
     ) -> list[Event]:
         canvas = state.canvas
         assert canvas is not None
-        if canvas.step > 0 and not stable:
+        if canvas.step > 0 and not stable and not canvas.ended:
             return []
         taken = state.config.max_denoising_steps - canvas.step
+        if state.drafting:
+            propose(state, canvas, stats.argmax[row], hidden, taken, "stable" if stable else "cap", self.runner)
+            return []
         # HF commits the argmax; JAX commits the sampled and renoised canvas.
         final = argmax = stats.argmax[row, : canvas.width]
         if state.config.convention == "jax":
             # Fresh noise may hit a banned token, which is committed by nobody.
             final = torch.where(canvas.bans(step.canvas, state.config.stop_tokens), argmax, step.canvas)
+        if state.control.hook is not None:
+            final = settled(state, final, hidden, self.runner)
         state.steps.append(taken)
         state.canvas = None
-        committed = self._commit(
-            state, canvas.index, final.tolist(), taken, "stable" if stable else "cap", canvas.reach
-        )
+        stop = "hook" if canvas.ended else "stable" if stable else "cap"
+        committed = self._commit(state, canvas.index, final.tolist(), taken, stop, canvas.reach)
+        sure = confidence(canvas.changes, stats, row, len(committed.tokens), canvas.pins)
+        committed = replace(committed, **sure)
         if state.scoring:
             state.scoring.commit(self.runner, canvas.index, committed.tokens, hidden)
         return [committed, *self._end(state)]
@@ -280,6 +320,7 @@ class Engine:
             kept, ended = kept[: state.room], False
         state.ids.extend(kept)
         state.counts.update(kept)
+        state.commits += 1
         if ended or not state.room:
             state.ending = "stop" if ended else "length"
         return Committed(state.id, canvas, kept, steps, stop)
@@ -300,6 +341,7 @@ class Engine:
             completion_tokens=state.completion,
             steps=tuple(state.steps),
             encode_passes=state.encode_passes,
+            accepted=tuple(state.drafting.accepted) if state.drafting else (),
         )
 
 
@@ -309,22 +351,23 @@ def _most_tokens(request: Request) -> int:
 
 
 def _draws_next(state: State) -> bool:
-    return state.config.mode == "ar" and not state.pending
+    return state.config.mode != "diffusion" and state.pending <= 0
 
 
 def _draft(state: State, stats: Stats, step: Step, row: int, temperature: float) -> Draft:
     """The event of the step just taken; steps are counted up from 1 here, for people."""
     canvas = state.canvas
     assert canvas is not None
-    width, total = canvas.width, state.config.max_denoising_steps
+    lead, width, total = canvas.lead, canvas.width, state.config.max_denoising_steps
     return Draft(
         request=state.id,
         canvas=canvas.index,
         step=total - canvas.step,
         max_steps=total,
         temperature=temperature,
-        tokens=tuple(stats.argmax[row, :width].tolist()),
-        canvas_tokens=tuple(step.canvas.tolist()),
-        accepted=tuple(step.accepted.tolist()),
-        entropy=tuple(stats.entropy[row, :width].tolist()),
+        tokens=tuple(stats.argmax[row, lead:width].tolist()),
+        canvas_tokens=tuple(step.canvas[lead:].tolist()),
+        accepted=tuple(step.accepted[lead:].tolist()),
+        entropy=tuple(stats.entropy[row, lead:width].tolist()),
+        states=canvas.states,
     )

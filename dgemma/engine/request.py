@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dgemma.cache import KVCache
 from dgemma.config import GenerationConfig, ModelConfig
-from dgemma.control import NOISE, NOTHING, Control
+from dgemma.control import NOISE, NOTHING, Control, Mask
 from dgemma.diffusion.noise import first_canvas
 from dgemma.diffusion.samplers import get_sampler
 from dgemma.diffusion.stop import History
+from dgemma.engine.confidence import Changes
+from dgemma.engine.drafting import Drafting, widths
 from dgemma.engine.scoring import MOST, Scoring
 from dgemma.engine.shaping import bias_row
 from dgemma.errors import RequestError
@@ -43,7 +45,7 @@ class Request:
     @property
     def starts_from_last(self) -> bool:
         """Whether the hidden state of the prompt's last token is needed, and not only its keys and values."""
-        return self.config.mode == "ar" or self.logprobs is not None
+        return self.config.mode != "diffusion" or self.logprobs is not None
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Canvas:
 
     `soft [C, H]` is the previous prediction's embedding, None before the first step. `bias [V]` is what the request
     adds to the logits of all its steps, None if nothing. `pins` are tokens by position; before position `reach`
-    no end token may stand.
+    no end token may stand. `places` and `masks` are more tokens that a position may not have. `ended` tells that a hook
+    ends it with the step just taken. `changes` is what the prediction did so far.
     """
 
     index: int
@@ -63,10 +66,28 @@ class Canvas:
     bias: Tensor | None = None
     pins: dict[int, int] = field(default_factory=dict)
     reach: int = 0
+    lead: int = 0
+    """Positions at its beginning that hold tokens committed before, pinned; only in mode verified."""
+    places: dict[int, set[int]] = field(default_factory=dict)
+    masks: dict[int, Mask] = field(default_factory=dict)
+    ended: bool = False
+    automaton: int = 0
+    """The constraint's state before position 0."""
+    states: tuple[int, ...] = ()
+    """The constraint's states along the last prediction, one more than positions."""
+    changes: Changes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.changes = Changes.start(self.ids)
 
     @property
     def width(self) -> int:
         return self.ids.shape[0]
+
+    def banned(self, place: int, stop_tokens: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that a free position may not have and others may."""
+        own = self.places.get(place, set())
+        return tuple(sorted(own | set(stop_tokens))) if place < self.reach else tuple(sorted(own))
 
     def bans(self, tokens: Tensor, stop_tokens: Sequence[int]) -> Tensor:
         """Which of `tokens [C]` may not stand where they do, pinned ones aside."""
@@ -74,6 +95,10 @@ class Canvas:
         banned = early & torch.isin(tokens, torch.tensor(stop_tokens, dtype=tokens.dtype, device=tokens.device))
         if self.bias is not None:
             banned |= self.bias[tokens] == -torch.inf
+        for place, own in self.places.items():
+            banned[place] |= tokens[place].item() in own
+        for place, mask in self.masks.items():
+            banned[place] |= mask.tokens[tokens[place]]
         banned[list(self.pins)] = False
         return banned
 
@@ -103,14 +128,34 @@ class State:
     """Only in mode diffusion, for who asked for log-probabilities."""
     ending: str = ""
     """Why the answer is complete, once it is."""
+    commits: int = 0
+    """`Committed` events so far."""
+    drafting: Drafting | None = None
+    """Only in mode verified."""
+    control: Control = field(init=False)
+    """What is demanded of the answer by now: the request's own, and what its hook added."""
 
     def __post_init__(self) -> None:
+        self.control = self.request.control
         if self.request.logprobs is not None and self.config.mode == "diffusion":
             self.scoring = Scoring(self.request.logprobs, len(self.request.prompt))
 
     @property
     def config(self) -> GenerationConfig:
-        return self.request.config
+        """The request's settings, with the number of steps of the draft that is planned."""
+        plan = self.drafting.plan if self.drafting else None
+        return plan.config if plan else self.request.config
+
+    @property
+    def denoises(self) -> bool:
+        """Whether a step of a canvas is what comes next."""
+        return self.drafting.due if self.drafting else self.config.mode == "diffusion" and not self.pending
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        """The draft to be judged by the next encode pass, behind the pending tokens."""
+        proposal = self.drafting.proposal if self.drafting else None
+        return proposal.tokens if proposal else ()
 
     @property
     def pending(self) -> int:
@@ -129,27 +174,36 @@ class State:
 
     def next_width(self, model: ModelConfig) -> int:
         """Positions of the canvas that takes the next step."""
+        if self.drafting and self.drafting.plan:
+            return self.drafting.plan.option.width
         return self.canvas.width if self.canvas else canvas_width(self.config, model, len(self.steps), self.room)
 
     def start_canvas(self, model: ModelConfig, device: torch.device) -> Canvas:
         """Begin the next canvas from pure noise."""
-        config, index, width = self.config, len(self.steps), self.next_width(model)
+        config, index, width = self.config, self.commits, self.next_width(model)
         ids = first_canvas(config.seed, config.choice, index, width, model.vocab_size, device)
-        control, start = self.request.control, self.completion
+        control, start = self.control, self.completion
         draft = torch.tensor(control.draft_of(start, width), dtype=ids.dtype, device=device)
         ids[: len(draft)] = torch.where(draft == NOISE, ids[: len(draft)], draft)
-        pins = control.pins_of(start, width)
-        ids[list(pins)] = torch.tensor(list(pins.values()), dtype=ids.dtype, device=device)
-        self.canvas = Canvas(
-            index,
-            ids,
-            config.max_denoising_steps,
-            History.start(ids[None]),
-            bias=bias_row(config, self.counts, model.vocab_size, device),
-            pins=pins,
-            reach=min(max(0, control.reach - start), width),
-        )
+        self.canvas = Canvas(index, ids, config.max_denoising_steps, History.start(ids[None]))
+        self.bind(self.canvas, model.vocab_size)
         return self.canvas
+
+    def bind(self, canvas: Canvas, vocab: int) -> None:
+        """Put into the canvas in work what is demanded of it by now; its pins into `ids`, too."""
+        control, start, ids = self.control, self.completion, canvas.ids
+        canvas.bias = bias_row(self.config, self.counts, vocab, ids.device, control.banned)
+        canvas.pins = control.pins_of(start, canvas.width)
+        canvas.reach = min(max(0, control.reach - start), canvas.width)
+        canvas.places = control.bans_of(start, canvas.width)
+        if control.constraint is not None:
+            answer = self.ids[len(self.request.prompt) :]
+            canvas.automaton = control.constraint.advance(control.constraint.start, answer)
+        canvas.masks = control.masks_of(start, canvas.width)
+        if self.drafting and self.drafting.lead:
+            canvas.lead = self.drafting.lead
+            canvas.pins = dict(enumerate(self.ids[-canvas.lead :]))
+        ids[list(canvas.pins)] = torch.tensor(list(canvas.pins.values()), dtype=ids.dtype, device=ids.device)
 
 
 def canvas_width(config: GenerationConfig, model: ModelConfig, index: int, room: int) -> int:
@@ -218,6 +272,11 @@ def validate(request: Request, model: ModelConfig) -> None:
             raise RequestError(f"canvas_length must be at most {widest} for this model, got {width}")
         get_sampler(config.sampler)
         budget = _positions(config, model)
+    if config.mode == "verified":
+        widest = max_canvas(model)
+        if widths(config, model)[-1] > widest:
+            raise RequestError(f"canvas_length must be at most {widest} for this model, got {config.canvas_length}")
+        get_sampler(config.sampler)
     if len(prompt) + budget > model.max_positions:
         raise RequestError(
             f"prompt ({len(prompt)} tokens) and answer ({budget} positions) need {len(prompt) + budget} "

@@ -99,26 +99,30 @@ class Runner:
         self, jobs: Sequence[tuple[KVCache, Tensor]], softs: Sequence[Tensor | None], draws: Draws
     ) -> Prediction:
         """One step of each job's canvas `ids [C]`; `softs` are its signals `[C, H]` or None. T rows, end to end."""
-        model, counts = self.model, [ids.shape[0] for _, ids in jobs]
-        positions, places = self._positions(jobs, counts)
-        hidden = model.denoise(
-            torch.cat([ids for _, ids in jobs]),
-            positions,
-            DenoiseAttend([cache for cache, _ in jobs], counts),
-            self._signal(softs, counts),
-            places,
-            self._stack,
-        )
-        self._count(denoise_passes=1, denoised_tokens=sum(counts))
+        counts = [ids.shape[0] for _, ids in jobs]
+        hidden = self._canvases(jobs, self._signal(softs, counts))
         stats = self._predict(hidden, draws, counts)
         if draws.pins is not None:
             self._pin(stats, *draws.pins)
         return Prediction(**stats, hidden=hidden)
 
     @torch.inference_mode()
+    def look(self, jobs: Sequence[tuple[KVCache, Tensor]]) -> list[Tensor]:
+        """Hidden states `[C, H]` of each job's canvas, read once without a signal; for who needs few of its logits."""
+        return list(self._canvases(jobs, None).split([ids.shape[0] for _, ids in jobs]))
+
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits `[T, V]` of hidden states `[T, H]`."""
         return self.model.logits(hidden)
+
+    def _canvases(self, jobs: Sequence[tuple[KVCache, Tensor]], signal: Tensor | None) -> Tensor:
+        """Hidden states of packed canvases `[T, H]`."""
+        counts = [ids.shape[0] for _, ids in jobs]
+        positions, places = self._positions(jobs, counts)
+        ids, attend = torch.cat([ids for _, ids in jobs]), DenoiseAttend([cache for cache, _ in jobs], counts)
+        self._count(denoise_passes=1, denoised_tokens=sum(counts))
+        return self.model.denoise(ids, positions, attend, signal, places, self._stack)
 
     def _predict(self, hidden: Tensor, draws: Draws, counts: Sequence[int]) -> dict[str, Tensor]:
         """The statistics; positions with a shape apart, canvas by canvas, so that no row depends on who is there."""

@@ -12,17 +12,20 @@ from dgemma.engine.request import State
 
 def plan_encode(states: Iterable[State], config: EngineConfig) -> list[State]:
     """Requests whose next `chunk` of pending tokens (of prompt, canvas or answer) is encoded now."""
-    return _fill([state for state in states if state.pending], lambda state: chunk(state, config), config)
+    ready = [state for state in states if state.pending and not state.denoises]
+    return _fill(ready, lambda state: chunk(state, config), config)
 
 
 def plan_denoise(states: Iterable[State], model: ModelConfig, config: EngineConfig) -> list[State]:
     """Requests whose canvas takes a step now."""
-    ready = [state for state in states if state.config.mode == "diffusion" and not state.pending]
+    ready = [state for state in states if state.denoises]
     return _fill(ready, lambda state: state.next_width(model), config)
 
 
 def chunk(state: State, config: EngineConfig) -> int:
-    """Tokens of a request that one pass encodes: its own matter, so that batching changes no bits."""
+    """Tokens of a request that one pass encodes: its own matter, so that batching changes no bits. A draft is whole."""
+    if state.drafted:
+        return state.pending + len(state.drafted)
     return min(state.pending, whole_chunk(config))
 
 
@@ -39,7 +42,7 @@ def parts(state: State, config: EngineConfig) -> list[int]:
     queries or keys in one call may change last bits.
     """
     count = chunk(state, config)
-    return cut(count, config.block) if state.whole == state.cache.length else [count]
+    return cut(count, config.block) if state.whole == state.cache.length and not state.drafted else [count]
 
 
 def cut(count: int, block: int) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dgemma.control import Mask
+from dgemma.engine.constrained import constrained
 from dgemma.engine.request import Canvas, State
 from dgemma.engine.runner import Shape
 
@@ -13,19 +15,31 @@ def shapes(state: State, vocab: int, device: torch.device) -> list[Shape]:
     """The shapes of the canvas of `state`; empty if nothing is asked for."""
     canvas, config = state.canvas, state.config
     assert canvas is not None
+    if state.control.constraint is not None:
+        return [Shape(canvas.bias, config.top_p, predict=constrained(state))]
     alike = [] if canvas.bias is None and config.top_p == 1 else [Shape(canvas.bias, config.top_p)]
-    if not canvas.reach or not config.stop_tokens:
+    if not canvas.places and not canvas.masks and not (canvas.reach and config.stop_tokens):
         return alike
-    free = torch.ones(canvas.width, dtype=torch.bool, device=device)
-    free[list(canvas.pins)] = False
-    early = torch.arange(canvas.width, device=device) < canvas.reach
-    bias = _without(config.stop_tokens, canvas, vocab, device)
-    out = [Shape(bias, config.top_p, places=(free & early).nonzero().flatten())]
-    out += [Shape(canvas.bias, config.top_p, places=(~early).nonzero().flatten()) for _ in alike]
-    return [shape for shape in out if shape.places is not None and len(shape.places)]
+    groups: dict[tuple[tuple[int, ...], Mask | None], list[int]] = {}
+    for place in range(canvas.width):
+        if place not in canvas.pins:
+            key = canvas.banned(place, config.stop_tokens), canvas.masks.get(place)
+            groups.setdefault(key, []).append(place)
+    return [
+        Shape(without(tokens, canvas, vocab, device, mask), config.top_p, places=torch.tensor(places, device=device))
+        for (tokens, mask), places in groups.items()
+        if tokens or mask or alike
+    ]
 
 
-def _without(tokens: tuple[int, ...], canvas: Canvas, vocab: int, device: torch.device) -> Tensor:
+def without(
+    tokens: tuple[int, ...], canvas: Canvas, vocab: int, device: torch.device, mask: Mask | None = None
+) -> Tensor | None:
+    """The bias of a canvas `[V]`, where `tokens` and those of `mask` are banned besides; None if nothing is to add."""
+    if not tokens and mask is None:
+        return canvas.bias
     bias = torch.zeros(vocab, device=device) if canvas.bias is None else canvas.bias.clone()
     bias[list(tokens)] = -torch.inf
+    if mask is not None:
+        bias[mask.tokens.to(device)] = -torch.inf
     return bias

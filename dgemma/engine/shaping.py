@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,15 @@ def biases(config: GenerationConfig, counts: Mapping[int, int]) -> dict[int, flo
     return added
 
 
-def bias_row(config: GenerationConfig, counts: Mapping[int, int], vocab: int, device: torch.device) -> Tensor | None:
-    """The same as float32 `[V]`; None if there is nothing to add."""
-    added = biases(config, counts)
+def bias_row(
+    config: GenerationConfig,
+    counts: Mapping[int, int],
+    vocab: int,
+    device: torch.device,
+    banned: Collection[int] = (),
+) -> Tensor | None:
+    """The same as float32 `[V]`, with more `banned` tokens; None if there is nothing to add."""
+    added = biases(config, counts) | dict.fromkeys(banned, -math.inf)
     if not added:
         return None
     row = torch.zeros(vocab)

@@ -11,6 +11,7 @@ from typing import Self
 
 from dgemma.engine.request import Request
 from dgemma.engine.worker import Worker
+from dgemma.errors import RequestError
 from dgemma.events import Event, Finished
 
 
@@ -48,6 +49,8 @@ class Stream(Submitted):
     """Read by the thread that made it."""
 
     def _open(self) -> Callable[[Event | BaseException], object]:
+        if self._worker.inside:
+            raise RequestError("a hook runs in the engine's thread and cannot wait for an answer of the same engine")
         self._queue: SimpleQueue[Event | BaseException] = SimpleQueue()
         return self._queue.put
 

@@ -29,7 +29,7 @@ class Worker:
     def submit(self, request: Request, deliver: Deliver) -> int:
         """Queue a request (errors of `Engine.add`). `deliver` runs in the worker's thread and must not block.
 
-        It gets the request's events, `Finished` last, or instead the exception that stopped the engine.
+        It gets the request's events, `Finished` last, or instead the exception that stopped the engine or its hook.
         """
         with self._lock:
             number = self.engine.add(request)
@@ -43,6 +43,11 @@ class Worker:
             if self._listeners.pop(request, None) is not None:
                 self._aborted.append(request)
                 self._wake()
+
+    @property
+    def inside(self) -> bool:
+        """Whether the caller runs in the worker's own thread, which would wait for itself."""
+        return self._thread is threading.current_thread()
 
     def _wake(self) -> None:
         if self._thread is None:
@@ -60,8 +65,9 @@ class Worker:
                 with self._lock:
                     last = isinstance(event, Finished)
                     deliver = (self._listeners.pop if last else self._listeners.get)(event.request, None)
+                fault = self.engine.faults.pop(event.request, None) if last else None
                 if deliver is not None:
-                    deliver(event)
+                    deliver(fault or event)
 
     def _clear_aborted(self) -> bool:
         """Between ticks: drop what was aborted. False (and the thread ends) when nothing is left."""

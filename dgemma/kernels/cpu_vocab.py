@@ -83,7 +83,7 @@ def vocab(
     total, stats = run.result()
     if top_k is not None and bool((top_k > 0).any()):
         every = [to_logits for to_logits, _ in pieces]
-        _draw_top(hidden, every, cap, temperature, uniforms, draw_temperature, top_k, stats)
+        draw_top(hidden, every, cap, temperature, uniforms, draw_temperature, top_k, stats)
     return VocabStats(**stats, soft=soft.div_(total[:, None]).to(embed.dtype))
 
 
@@ -99,7 +99,7 @@ def _times(weight: Tensor, matmul: Matmul, x: Tensor) -> Tensor:
     return matmul(x, weight)
 
 
-def _draw_top(
+def draw_top(
     hidden: Tensor,
     to_logits: Sequence[Product],
     cap: float,

@@ -21,6 +21,9 @@ class Stream(IntEnum):
     DRAW = 3
     AR = 4
     CORRUPT = 5
+    PATH = 6
+    PROPOSE = 7
+    VERIFY = 8
 
 
 _WORD = (1 << 64) - 1

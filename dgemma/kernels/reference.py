@@ -58,12 +58,37 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(-2) + torch.cat([-right, left], dim=-1) * sin.unsqueeze(-2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def heads(
+    packed: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    counts: tuple[int, int],
+    has_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From rows `[T, queries | keys | values]` to normed and rotated q, k and normed v `[T, heads, D]` each.
+
+    `counts` are of query and key heads; without values (`has_v`) the raw keys stand for them. Tables are `[T, D]`.
+    """
+    (queries, keys), dim = counts, cos.shape[-1]
+    q, k, *v = packed.unflatten(-1, (-1, dim)).split([queries, keys, keys][: 3 if has_v else 2], dim=-2)
+    values = v[0] if v else k
+    q, k = rope(rms_norm(q, q_norm, eps), cos, sin), rope(rms_norm(k, k_norm, eps), cos, sin)
+    return q, k, rms_norm(values, None, eps)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
     """Softmax attention with scale 1 over one sequence: `q [T, Q, D]`, `k, v [S, K, D]` -> `[T, Q, D]`.
 
     Query head i reads key/value head `i // (Q / K)`. `mask [T, S]` is true where a query may look.
-    Leading batch axes are allowed on all three (and on the mask).
+    Leading batch axes are allowed on all three (and on the mask). `spans [T, 2]` int64, first and one past the last
+    key of each query, says what a mask says; who gives both means the same.
     """
+    if mask is None and spans is not None:
+        at = torch.arange(k.shape[-3], device=k.device)
+        mask = (spans[:, :1] <= at) & (at < spans[:, 1:])
     q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     repeat = q.shape[-3] // k.shape[-3]
     k, v = k.repeat_interleave(repeat, dim=-3), v.repeat_interleave(repeat, dim=-3)
@@ -74,9 +99,71 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return (weights @ v).transpose(-3, -2)
 
 
+def canvas_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    old_k: Tensor,
+    old_v: Tensor,
+    start: int,
+    count: int,
+    attend: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """A canvas that sees all of itself `k, v [C, K, D]`, and `count` tokens of a store `old_k, old_v [S, K, D]`.
+
+    They lie from slot `start` on and go on at slot 0 behind the last: a ring needs no copy to be read.
+    """
+    slots = old_k.shape[0]
+    parts = [slice(start, min(start + count, slots)), slice(0, max(0, start + count - slots))]
+    seen = [part for part in parts if part.stop > part.start]
+    keys = torch.cat([*(old_k[part] for part in seen), k])
+    return attend(q, keys, torch.cat([*(old_v[part] for part in seen), v]))
+
+
 def gelu(x: Tensor) -> Tensor:
     """GELU, tanh form (the only activation of Gemma 4)."""
     return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def geglu(packed: Tensor) -> Tensor:
+    """`gelu(gate) * up` of `[..., gate | up]`."""
+    gate, up = packed.chunk(2, dim=-1)
+    return gelu(gate) * up
+
+
+def middle(
+    x: Tensor,
+    attended: Tensor,
+    post: Tensor,
+    dense: Tensor,
+    eps: float,
+    mixed: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of rows `[T, H]`: the residual after attention, and what MLP, experts and router read (None without experts).
+
+    `post`, `dense` and `mixed` are norm weights, `scale` the router's.
+    """
+    x = x + rms_norm(attended, post, eps)
+    if mixed is None or scale is None:
+        return x, rms_norm(x, dense, eps), None, None
+    return x, rms_norm(x, dense, eps), rms_norm(x, mixed, eps), rms_norm(x, None, eps) * scale * (x.shape[-1] ** -0.5)
+
+
+def close(
+    x: Tensor,
+    dense: Tensor,
+    mixed: Tensor | None,
+    weights: tuple[Tensor | None, Tensor | None, Tensor],
+    scalar: Tensor,
+    following: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """A layer's output, and its norm under the next layer's weight. `weights`: of MLP, experts, both together."""
+    if mixed is not None:
+        dense = rms_norm(dense, weights[0], eps) + rms_norm(mixed, weights[1], eps)
+    x = (x + rms_norm(dense, weights[2], eps)) * scalar
+    return x, rms_norm(x, following, eps)
 
 
 def route(
@@ -93,7 +180,12 @@ def route(
     Softmax over all experts in float32, then top-k, renormalise, then the per-expert scale (HF `Router`).
     """
     scores = rms_norm(x, None, eps) * scale * (x.shape[-1] ** -0.5)
-    probs = torch.softmax(matmul(scores, proj), dim=-1, dtype=torch.float32)
+    return choose(matmul(scores, proj), expert_scale, top_k)
+
+
+def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The second half of `route`: from its scores `[T, E]`."""
+    probs = torch.softmax(scores, dim=-1, dtype=torch.float32)
     weights, ids = torch.topk(probs, top_k, dim=-1)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     # Ascending ids make the order of the sum below a property of the row, not of the batch.
@@ -116,6 +208,8 @@ def experts(
     Rows are grouped by expert; every row then adds its k parts in ascending expert order, in x's type.
     """
     tokens, top_k = ids.shape
+    if not tokens:
+        return x
     order = ids.reshape(-1).argsort(stable=True)
     counts = torch.bincount(ids.reshape(-1), minlength=len(gate_up)).tolist()
     parts = []

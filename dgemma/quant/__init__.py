@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from dgemma.errors import ConfigError
+from dgemma.quant.fp8 import Fp8Dynamic
 from dgemma.quant.int4wo import Int4WeightOnly
 from dgemma.quant.int8dyn import Int8Dynamic
 from dgemma.quant.int8wo import Int8WeightOnly
 from dgemma.quant.protocol import Part, WeightFormat
 
 FORMATS: Mapping[str, type[WeightFormat]] = MappingProxyType(
-    {kind.name: kind for kind in (Int8WeightOnly, Int4WeightOnly, Int8Dynamic)}
+    {kind.name: kind for kind in (Int8WeightOnly, Int4WeightOnly, Int8Dynamic, Fp8Dynamic)}
 )
 
 

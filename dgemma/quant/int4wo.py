@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dgemma.kernels.stacked import Stacked
 from dgemma.quant.groups import group_count, grouped, multiply, ungrouped
 from dgemma.quant.protocol import Part, Shape
 
@@ -55,6 +56,10 @@ class Int4WeightOnly:
 
     def matrix(self, stored: Mapping[str, Tensor], shape: Shape) -> Int4Matrix:
         return Int4Matrix(stored["codes"], stored["scale"], stored["zero"], shape)
+
+    def stacked(self, stored: Mapping[str, Tensor], shape: tuple[int, int, int]) -> Stacked:
+        """The same parts of a stack of experts, for a grouped product."""
+        return Stacked("int4", shape, stored["codes"], stored["scale"], stored["zero"], self.group)
 
 
 def _levels(values: Tensor, low: Tensor, high: Tensor, span: float) -> tuple[Tensor, Tensor, Tensor]:

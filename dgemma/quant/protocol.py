@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dgemma.errors import ConfigError
 from dgemma.kernels.matrix import Matrix
+from dgemma.kernels.stacked import MatrixStack, Stacked
 
 Shape = tuple[int, int]
 """Of a matrix: `(out, in)`."""
@@ -49,6 +50,24 @@ class WeightFormat(Protocol):
 
     def matrix(self, stored: Mapping[str, Tensor], shape: Shape) -> Matrix:
         """The product with what `quantize` made. Keeps the tensors, or a packed copy; never the dense matrix."""
+
+
+@runtime_checkable
+class StackedFormat(Protocol):
+    """A format whose experts have a grouped product."""
+
+    def stacked(self, stored: Mapping[str, Tensor], shape: tuple[int, int, int]) -> Stacked: ...
+
+
+def stack_of(
+    weight_format: WeightFormat, stored: Mapping[str, Tensor], shape: tuple[int, int, int]
+) -> Sequence[Matrix]:
+    """A matrix an expert, of parts that have the experts' axis in front; kept as one where the format can do so."""
+    singles = ({part: tensor[index] for part, tensor in stored.items()} for index in range(shape[0]))
+    matrices = [weight_format.matrix(single, (shape[1], shape[2])) for single in singles]
+    if isinstance(weight_format, StackedFormat):
+        return MatrixStack(matrices, weight_format.stacked(stored, shape))
+    return matrices
 
 
 def refuse_gradient(x: Tensor) -> None:

@@ -7,7 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from dgemma import __version__
 from dgemma.api import LLM
-from dgemma.server import chat, completions, docs, errors, models, page, responses
+from dgemma.server import chat, completions, docs, errors, infill, models, page, responses, systemone
 from dgemma.server.config import ServerConfig
 from dgemma.server.security import Gate
 from dgemma.server.service import Service
@@ -25,7 +25,7 @@ def create_app(llm: LLM, config: ServerConfig | None = None) -> FastAPI:
     app = FastAPI(title="dgemma", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.service = service
     errors.install(app)
-    for part in (chat, completions, responses, models):
+    for part in (chat, completions, responses, infill, systemone, models):
         app.include_router(part.router)
     page.mount(app)
     docs.mount(app)

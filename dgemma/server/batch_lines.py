@@ -46,20 +46,19 @@ class Answered:
 class Answerer:
     """One loaded model that answers lines, up to `rows` at a time, each as soon as it is done."""
 
-    def __init__(self, llm: LLM, generation: Mapping[str, Any], rows: int) -> None:
-        """`generation` are the fields of `GenerationConfig` that hold where a line says nothing else.
+    def __init__(self, llm: LLM, seed: int, rows: int) -> None:
+        """`seed` is that of the first line; a line without a seed of its own has it plus its place.
 
-        Its seed (0 if none) is that of the first line; a line without a seed of its own has it plus its place.
+        `llm.generation` holds where a line says nothing else.
         """
-        self._llm, self._rows = llm, rows
-        self._seed = int(generation.get("seed", llm.generation.seed))
-        self._generation = {name: value for name, value in generation.items() if name != "seed"}
+        self._llm, self._seed, self._rows = llm, seed, rows
         self._app: Any = None
 
     @staticmethod
     def load(settings: Settings, rows: int) -> Answerer:
         llm = LLM.load(settings.model, device=settings.device, dtype=settings.dtype, threads=settings.threads)
-        return Answerer(llm, settings.generation, rows)
+        llm.generation = llm.generation.with_(**settings.of_requests)
+        return Answerer(llm, int(settings.generation.get("seed", llm.generation.seed)), rows)
 
     def answers(self, lines: Iterable[Line]) -> Generator[Answered]:
         """An answer to every line, in the order in which they are done. Leaving early aborts what runs."""
@@ -115,7 +114,7 @@ class Answerer:
         chosen = {
             _OPTIONS[name].field: _OPTIONS[name].check(given) for name, given in value.items() if name in _OPTIONS
         }
-        overrides = {"seed": self._seed + number, **self._generation, **chosen}
+        overrides = {"seed": self._seed + number, **chosen}
         answer: Generation = await self._llm.agenerate(ids, **overrides)
         result = _named(number, value) | self._facts(answer, chat="messages" in value)
         return result, len(answer.token_ids), False
@@ -166,8 +165,6 @@ class Answerer:
         if value["body"].get("stream"):
             raise RequestError("stream is not possible in a batch; leave it out")
         body = {"seed": self._seed + number, **value["body"]}
-        if value["url"] == "/v1/responses" and "seed" not in value["body"]:
-            del body["seed"]  # this route has no field of that name
         status, answer = await _post(self._app, value["url"], body)
         usage = answer.get("usage") or {}
         tokens = int(usage.get("completion_tokens") or usage.get("output_tokens") or 0)

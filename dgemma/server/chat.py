@@ -9,14 +9,24 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from dgemma.server.bodies import JsonRoute
-from dgemma.server.choice import Told
-from dgemma.server.common import Lines, chat_logprobs, frame_of, respond, service_of, wanted, wants_usage
+from dgemma.server.choice import TokenScore, Told
+from dgemma.server.common import (
+    Lines,
+    confidence_of,
+    frame_of,
+    logprob_entries,
+    respond,
+    service_of,
+    wanted,
+    wants_usage,
+)
 from dgemma.server.errors import invalid
 from dgemma.server.job import Answer, Job
 from dgemma.server.params import encoded_chat, overrides, requests
 from dgemma.server.schemas_chat import ChatRequest
 from dgemma.server.service import Service, new_id
 from dgemma.server.sse import DONE, event
+from dgemma.server.structured import constrain
 
 router = APIRouter(route_class=JsonRoute, tags=["chat"])
 
@@ -29,6 +39,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     messages = [message.plain() for message in body.messages]
     ids = await encoded_chat(service.llm, messages, template)
     values, names = overrides(body, body.budget)
+    await constrain(service.llm, body, values, names)
     want = wanted(body, thoughts=True, top=body.top)
     asked = requests(
         service.llm, [ids], values, names, count=body.n or 1, watch=want.drafts or want.record, top=body.top
@@ -60,9 +71,14 @@ def _whole(job: Job, answers: Sequence[Answer], created: int) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.thought:
             message["reasoning_content"] = answer.thought
-        logprobs = None if job.wanted.top is None else chat_logprobs(job.service, answer.scores)
-        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish})
+        logprobs = None if job.wanted.top is None else _logprobs(job, answer.scores)
+        choice = {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish}
+        choices.append(choice | confidence_of(job, answer.sure))
     return frame_of(job, "chat.completion", created) | {"choices": choices, "usage": job.usage, "dgemma": job.facts}
+
+
+def _logprobs(job: Job, scores: Sequence[TokenScore]) -> dict[str, Any]:
+    return {"content": logprob_entries(job.service, scores), "refusal": None}
 
 
 async def _events(job: Job, created: int, usage: bool) -> AsyncGenerator[bytes]:
@@ -86,9 +102,10 @@ async def _events(job: Job, created: int, usage: bool) -> AsyncGenerator[bytes]:
             delta["reasoning_content"] = item.thought
         if item.text:
             delta["content"] = item.text
-        logprobs = chat_logprobs(job.service, item.scores) if item.scores else None
-        if delta or logprobs:
-            yield chunk([{"index": item.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}])
+        logprobs = _logprobs(job, item.scores) if item.scores else None
+        if delta or logprobs or item.sure:
+            choice = {"index": item.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+            yield chunk([choice | (confidence_of(job, item.sure) if item.sure else {})])
         if item.finish:
             yield chunk([{"index": item.index, "delta": {}, "logprobs": None, "finish_reason": item.finish}])
     if usage:

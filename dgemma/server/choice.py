@@ -13,6 +13,7 @@ from dgemma.engine import Request
 from dgemma.events import Committed, Draft, Event, Finished, Scored
 from dgemma.server.service import Service
 from dgemma.server.text import Assembler, Piece
+from dgemma.text.confidence import TokenConfidence, of_event
 from dgemma.trace import Header, Moment, TraceEncoder, as_text
 
 
@@ -34,6 +35,7 @@ class Delta:
     text: str = ""
     thought: str = ""
     scores: tuple[TokenScore, ...] = ()
+    sure: tuple[TokenConfidence, ...] = ()
     finish: str | None = None
 
 
@@ -61,6 +63,7 @@ class Wanted:
     stops: tuple[str, ...] = ()
     thoughts: bool = False
     top: int | None = None
+    confidence: bool = False
     drafts: bool = False
     record: bool = False
 
@@ -85,6 +88,7 @@ class Choice:
         self._steps: list[int] = []
         self._pending: list[Piece] = []
         self._scores: list[TokenScore] = []
+        self._sure: list[TokenConfidence] = []
         self._unscored: tuple[int, ...] = ()
         self._standing: tuple[int, int] | None = None
 
@@ -100,8 +104,9 @@ class Choice:
 
         def deliver(event: Event | BaseException) -> None:
             # Read here, between the engine's ticks: what a stop text will have to say of itself.
-            asked = isinstance(event, Committed) and self._wanted.stops
-            standing = engine.standing(self._number) if asked else None
+            standing = None
+            if isinstance(event, Committed) and self._wanted.stops:
+                standing = engine.standing(event.request)  # `submit` may not have told us our number yet
             with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody listens
                 loop.call_soon_threadsafe(self._take, event, standing)
 
@@ -124,7 +129,7 @@ class Choice:
     def forward_passes(self) -> int:
         """As `Generation` counts them."""
         assert self.end is not None
-        return sum(self.end.steps) + self.end.encode_passes + (self.config.mode == "ar")
+        return sum(self.end.steps) + self.end.encode_passes + (self.config.mode != "diffusion")
 
     def _take(self, event: Event | BaseException, standing: tuple[int, int] | None) -> None:
         if not self.open:
@@ -164,6 +169,7 @@ class Choice:
         self._pending.append(piece)
         self._tell(event, now, piece)
         self._unscored = ids
+        self._sure += of_event(event)[: len(ids)] if self._wanted.confidence else ()
         if self._wanted.top is None:
             self._send(stopped=self.assembler.stopped)
 
@@ -201,9 +207,11 @@ class Choice:
         scores: tuple[TokenScore, ...] = ()
         if self._wanted.top is not None:
             scores = tuple(self._scores[place] for piece in self._pending for place in piece.tokens)
+        places = [place for piece in self._pending for place in piece.tokens]
+        sure = tuple(self._sure[place] for place in places) if self._sure else ()
         self._pending.clear()
-        if text or thought or scores or finish:
-            self._listener.tell(Delta(self.index, text, thought, scores, finish))
+        if text or thought or scores or sure or finish:
+            self._listener.tell(Delta(self.index, text, thought, scores, sure, finish))
 
     def _tell(self, event: Event, now: float, piece: Piece | None = None) -> None:
         piece = piece or Piece()

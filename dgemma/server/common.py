@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import Request, Response
@@ -13,8 +14,9 @@ from dgemma.server.job import Answer, Job
 from dgemma.server.schemas import Sampling
 from dgemma.server.service import Service
 from dgemma.server.sse import ClientGone, EventStream, unless_gone
+from dgemma.text.confidence import TokenConfidence
 from dgemma.text.tokenizer import BROKEN
-from dgemma.trace import TraceEncoder
+from dgemma.trace import TraceEncoder, finite
 
 
 def service_of(request: Request) -> Service:
@@ -31,6 +33,7 @@ def wanted(body: Sampling, *, thoughts: bool, top: int | None = None) -> Wanted:
         top=top,
         drafts=bool(options and getattr(options, "include_canvas", None)),
         record=bool(body.dgemma and body.dgemma.trace),
+        confidence=bool(body.dgemma and body.dgemma.confidence),
     )
 
 
@@ -120,16 +123,27 @@ def token_text(service: Service, token: int) -> tuple[str, list[int] | None]:
     return text, None if BROKEN in text else list(text.encode())
 
 
-def chat_logprobs(service: Service, scores: Sequence[TokenScore]) -> dict[str, Any]:
-    """OpenAI's `logprobs` of chat completions; `canvas_logprob` is ours."""
+def confidence_of(job: Job, sure: Sequence[TokenConfidence]) -> dict[str, Any]:
+    """What a choice carries beside OpenAI's fields: `dgemma.confidence`, for who asked."""
+    if not job.wanted.confidence:
+        return {}
+    texts = ({"text": token_text(job.service, one.token)[0]} for one in sure)
+    numbers = ({"entropy": finite(one.entropy), "top_logprob": finite(one.top_logprob)} for one in sure)
+    told = [asdict(one) | text | nats for one, text, nats in zip(sure, texts, numbers, strict=True)]
+    return {"dgemma": {"confidence": told}}
+
+
+def logprob_entries(
+    service: Service, scores: Sequence[TokenScore], no_bytes: list[int] | None = None
+) -> list[dict[str, Any]]:
+    """OpenAI's `logprobs` of tokens; `canvas_logprob` is ours. `no_bytes` stands for those of part of a character."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text, data = token_text(service, token)
-        return {"token": text, "logprob": logprob, "bytes": data}
+        return {"token": text, "logprob": logprob, "bytes": no_bytes if data is None else data}
 
-    content = [
+    return [
         entry(score.token, score.logprob)
         | {"top_logprobs": [entry(*pair) for pair in score.top], "canvas_logprob": score.canvas_logprob}
         for score in scores
     ]
-    return {"content": content, "refusal": None}

@@ -10,12 +10,14 @@ from fastapi import APIRouter, Request, Response
 
 from dgemma.server.bodies import JsonRoute
 from dgemma.server.choice import TokenScore, Told
-from dgemma.server.common import Lines, frame_of, respond, service_of, token_text, wanted, wants_usage
+from dgemma.server.common import Lines, confidence_of, frame_of, respond, service_of, token_text, wanted, wants_usage
+from dgemma.server.infill import suffixed
 from dgemma.server.job import Answer, Job
 from dgemma.server.params import encoded_prompt, overrides, requests
 from dgemma.server.schemas_completions import CompletionRequest
 from dgemma.server.service import Service, new_id
 from dgemma.server.sse import DONE, event
+from dgemma.server.structured import constrain
 
 router = APIRouter(route_class=JsonRoute, tags=["completions"])
 
@@ -24,9 +26,12 @@ router = APIRouter(route_class=JsonRoute, tags=["completions"])
 async def completions(request: Request, body: CompletionRequest) -> Response:
     service = service_of(request)
     service.check_model(body.model)
+    if body.suffix:
+        return await suffixed(request, body, str(body.prompt[0]), body.suffix, body.budget)
     llm, count = service.llm, body.n or 1
     prompts = [await encoded_prompt(llm, prompt) for prompt in body.prompt]
     values, names = overrides(body, body.budget)
+    await constrain(llm, body, values, names)
     want = wanted(body, thoughts=False, top=body.top)
     asked = requests(llm, prompts, values, names, count=count, watch=want.drafts or want.record, top=body.top)
     # Not before: only now all ids are known to be of the vocabulary.
@@ -50,6 +55,7 @@ def _whole(job: Job, answers: Sequence[Answer], created: int) -> dict[str, Any]:
             "logprobs": None if job.wanted.top is None else logprobs(job.service, answer.scores, 0),
             "finish_reason": answer.finish,
         }
+        | confidence_of(job, answer.sure)
         for index, answer in enumerate(answers)
     ]
     return frame_of(job, "text_completion", created) | {"choices": choices, "usage": job.usage, "dgemma": job.facts}
@@ -72,7 +78,7 @@ async def _events(job: Job, created: int, usage: bool) -> AsyncGenerator[bytes]:
         scored = logprobs(job.service, item.scores, offsets[item.index]) if item.scores else None
         offsets[item.index] += sum(len(text) for text in scored["tokens"]) if scored else 0
         choice = {"index": item.index, "text": item.text, "logprobs": scored, "finish_reason": item.finish}
-        yield chunk([choice])
+        yield chunk([choice | (confidence_of(job, item.sure) if item.sure else {})])
     if usage:
         yield event({**frame, "choices": [], "usage": job.usage})
     yield DONE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ class ServerConfig:
     """Longest time from a request to the end of its answer."""
     drain_s: float = 30.0
     """How long running answers may go on after SIGTERM."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which it may be called, `*` for every one. A server on a loopback address knows its own ones, too."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the API from a browser; `*` is every one."""
     log_prompts: bool = False
@@ -58,6 +62,9 @@ class ServerConfig:
             raise ConfigError("host must be an address or a name, got ''")
         for key in self.api_keys:
             _check_key(key, "api_keys")
+        for name in self.allowed_hosts:
+            if name != "*" and (not name or name != host_name(name)):
+                raise ConfigError(f"an allowed host is * or a lower-case name or address without port, got {name!r}")
         for origin in self.cors_origins:
             parts = urlsplit(origin)
             if origin != "*" and (not parts.scheme or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
@@ -67,6 +74,30 @@ class ServerConfig:
     def is_local(self) -> bool:
         """Whether only programs of this machine can reach the server."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    def answers_to(self, host: str) -> bool:
+        """Whether a request with this `Host` was meant for this server.
+
+        A page whose name was made to point at this machine (DNS rebinding) comes with that name. A server that
+        other machines reach has names that it cannot know, so it asks only if it was told them.
+        """
+        if "*" in self.allowed_hosts or not (self.is_local or self.allowed_hosts):
+            return True
+        name = host_name(host)
+        return name in self.allowed_hosts or _is_loopback(name)
+
+
+def host_name(host: str) -> str:
+    """The name or address in a `Host` header, without port and brackets, in lower case."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?", host.strip().lower())
+    return (found[1] or found[2]) if found else host.strip().lower()
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def read_keys(path: str | Path | None, environ: Mapping[str, str]) -> tuple[str, ...]:

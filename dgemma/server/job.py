@@ -14,6 +14,7 @@ from dgemma.server.choice import Choice, Delta, TokenScore, Told, Wanted
 from dgemma.server.errors import ApiError
 from dgemma.server.outbox import Outbox
 from dgemma.server.service import Service
+from dgemma.text.confidence import TokenConfidence
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Answer:
     text: str = ""
     thought: str = ""
     scores: list[TokenScore] = field(default_factory=list)
+    sure: list[TokenConfidence] = field(default_factory=list)
     finish: str = "stop"
 
 
@@ -114,6 +116,7 @@ class Job:
                 answer.text += item.text
                 answer.thought += item.thought
                 answer.scores += item.scores
+                answer.sure += item.sure
                 answer.finish = item.finish or answer.finish
         return found
 
@@ -126,6 +129,7 @@ class Job:
         completion = sum(end.completion_tokens for end in ends)
         thoughts = sum(choice.assembler.thought_tokens for choice in self.choices)
         steps = [count for end in ends for count in end.steps]
+        accepted = [count for end in ends for count in end.accepted]
         passes = sum(choice.forward_passes for choice in self.choices if choice.end)
         return {
             "prompt_tokens": prompt,
@@ -138,6 +142,7 @@ class Job:
             "dgemma": {
                 "denoising_steps": sum(steps),
                 "steps": steps,
+                **({"accepted": accepted} if accepted else {}),
                 "tokens_per_forward": round(completion / max(1, passes), 4),
                 "seconds": round(max((choice.seconds for choice in self.choices if choice.end), default=0.0), 4),
             },

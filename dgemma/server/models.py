@@ -59,7 +59,8 @@ async def metrics(request: Request) -> Response:
 def _model(service: Service) -> dict[str, Any]:
     llm = service.llm
     values = asdict(llm.generation)
-    fields = ("max_new_tokens", "temperature", "top_p", "top_k", *Extension.model_fields)
+    own = [name for name in Extension.model_fields if name != "confidence"]  # no setting: it changes no answer
+    fields = ("max_new_tokens", "temperature", "top_p", "top_k", *own)
     values |= {"steps": values["max_denoising_steps"], "trace": False}
     return {
         "id": llm.name,

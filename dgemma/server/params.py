@@ -38,7 +38,7 @@ def overrides(body: Sampling, budget: tuple[str, int | None]) -> tuple[dict[str,
     if budget[1] is not None:
         put("max_new_tokens", budget[1], budget[0])
     if body.dgemma is not None:
-        for name in body.dgemma.model_fields_set - {"trace"}:
+        for name in body.dgemma.model_fields_set - {"trace", "confidence"}:
             value = getattr(body.dgemma, name)
             if value is not None or name in _NULL_MEANS_OFF:
                 put(_RENAMED.get(name, name), value, f"dgemma.{name}")
@@ -73,10 +73,10 @@ def _fitting_budget(llm: LLM, prompt: int, values: Mapping[str, Any], names: Map
     """The checkpoint's budget, or what whole canvases leave of the context behind a long prompt."""
     usual = llm.generation.max_new_tokens
     try:
-        config = llm.generation.with_(**values)
+        config = llm.generation.with_(**{name: value for name, value in values.items() if name != "regex"})
     except RequestError as error:
         raise blamed(error, names, values) from None
-    width = 1 if config.mode == "ar" else canvas_widths(config, llm.config)[-1]
+    width = 1 if config.mode != "diffusion" else canvas_widths(config, llm.config)[-1]
     room = max(0, llm.config.max_positions - prompt)
     return usual if room >= usual + width else max(1, min(usual, room // width * width))
 

@@ -14,6 +14,7 @@ _DEFAULTS = {
     "RAY_DEDUP_LOGS": "0",  # every line of a log is one of ours, and none is left out
     "RAY_COLOR_PREFIX": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "55",  # 5 s are too few for a busy machine; Ray gives up at 60
 }
 
 

@@ -32,8 +32,7 @@ def build_app(settings: Settings, config: ServerConfig, engine: EngineConfig) ->
     llm = LLM.load(
         settings.model, device=settings.device, dtype=settings.dtype, threads=settings.threads, engine=engine
     )
-    # A seed for all requests would make them all alike; the server draws one for each that has none.
-    llm.generation = llm.generation.with_(**{k: v for k, v in settings.generation.items() if k != "seed"})
+    llm.generation = llm.generation.with_(**settings.of_requests)
     return create_app(llm, config)
 
 

@@ -102,7 +102,7 @@ class Replicas:
                 logging_config=_QUIET,
             )
             self._deploy()
-        except RuntimeError as error:
+        except (RuntimeError, ray.exceptions.RayError) as error:
             reason = _reason(_status() or str(error))
             self._stop()
             raise ConfigError(f"the replicas do not start: {reason}") from None

@@ -11,13 +11,15 @@ from fastapi import APIRouter, Request, Response
 
 from dgemma.server.bodies import JsonRoute
 from dgemma.server.chat import thinking
-from dgemma.server.choice import Told
-from dgemma.server.common import respond, service_of, wanted
+from dgemma.server.choice import TokenScore, Told
+from dgemma.server.common import logprob_entries, respond, service_of, wanted
+from dgemma.server.errors import invalid
 from dgemma.server.job import Answer, Job
 from dgemma.server.params import encoded_chat, overrides, requests
 from dgemma.server.schemas_responses import ResponsesRequest
 from dgemma.server.service import new_id
 from dgemma.server.sse import event
+from dgemma.server.structured import constrain
 
 router = APIRouter(route_class=JsonRoute, tags=["responses"])
 
@@ -29,9 +31,12 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     template = thinking(service, body.reasoning.effort if body.reasoning else None, "reasoning.effort")
     messages = body.messages
     ids = await encoded_chat(service.llm, messages, template, "input")
+    if body.dgemma and body.dgemma.confidence:
+        raise invalid("dgemma.confidence is told by /v1/chat/completions and /v1/completions", "dgemma.confidence")
     values, names = overrides(body, body.budget)
-    want = wanted(body, thoughts=True)
-    asked = requests(service.llm, [ids], values, names, watch=want.record)
+    await constrain(service.llm, body, values, names)
+    want = wanted(body, thoughts=True, top=body.top)
+    asked = requests(service.llm, [ids], values, names, watch=want.record, top=body.top)
     job = Job(service, new_id("resp_"), asked, [messages[-1]["content"]], want)
     made = _Response(job, body)
     return await respond(request, body, job, lambda job, answers: made.whole(answers), lambda job: made.events())
@@ -49,9 +54,10 @@ class _Response:
         (answer,) = answers
         done = answer.finish != "length"
         status = "completed" if done else "incomplete"
-        thought = [self._thought_item(answer.thought, status)] if answer.thought else []
+        thought = [self.item(True, status, [text_part(True, answer.thought)])] if answer.thought else []
         usage = self._job.usage
-        return self._object(status, [*thought, self._text_item(answer.text, status)]) | {
+        message = self.item(False, status, [text_part(False, answer.text, self.logprobs(answer.scores))])
+        return self._object(status, [*thought, message]) | {
             "completed_at": int(time.time()) if done else None,
             "incomplete_details": None if done else {"reason": "max_output_tokens"},
             "usage": {
@@ -80,11 +86,15 @@ class _Response:
                 continue
             answer.thought += item.thought
             answer.text += item.text
+            answer.scores += item.scores
             answer.finish = item.finish or answer.finish
-            for thinks, text in ((True, item.thought), (False, item.text)):
-                for data in open_part.delta(thinks, text) if text else ():
+            if item.thought:
+                for data in open_part.delta(True, item.thought):
                     yield data
-        if not answer.text:
+            if item.text or item.scores:
+                for data in open_part.delta(False, item.text, self.logprobs(item.scores)):
+                    yield data
+        if not (answer.text or answer.scores):
             for data in open_part.delta(False, ""):
                 yield data
         status = "completed" if answer.finish != "length" else "incomplete"
@@ -111,7 +121,7 @@ class _Response:
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "store": False,
             "temperature": config.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": [],
             "top_p": config.top_p,
@@ -122,11 +132,8 @@ class _Response:
             "system_fingerprint": job.service.fingerprint,
         }
 
-    def _text_item(self, text: str, status: str) -> dict[str, Any]:
-        return self.item(False, status, [text_part(False, text)])
-
-    def _thought_item(self, text: str, status: str) -> dict[str, Any]:
-        return self.item(True, status, [text_part(True, text)])
+    def logprobs(self, scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
+        return logprob_entries(self._job.service, scores, no_bytes=[])  # this schema has no null there
 
     def item(self, thinks: bool, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         """An item of the output: a thought or the message."""
@@ -135,11 +142,11 @@ class _Response:
         return {"id": self._message, "type": "message", "status": status, "role": "assistant", "content": content}
 
 
-def text_part(thinks: bool, text: str) -> dict[str, Any]:
+def text_part(thinks: bool, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """The one part of an item."""
     if thinks:
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
 class _Part:
@@ -150,8 +157,9 @@ class _Part:
         self._thinks: bool | None = None
         self._index = -1
         self._text = ""
+        self._logprobs: list[dict[str, Any]] = []
 
-    def delta(self, thinks: bool, text: str) -> list[bytes]:
+    def delta(self, thinks: bool, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> list[bytes]:
         """More text of a thought or of the message; opens and closes items as needed."""
         data = []
         if self._thinks is not thinks:
@@ -162,8 +170,9 @@ class _Part:
             data.append(self._tell("response.output_item.added", output_index=self._index, item=item))
             data.append(self._tell("response.content_part.added", part=text_part(thinks, ""), **self._place))
         self._text += text
-        if text:
-            more: dict[str, Any] = {} if thinks else {"logprobs": []}
+        self._logprobs += logprobs
+        if text or logprobs:
+            more: dict[str, Any] = {} if thinks else {"logprobs": list(logprobs)}
             data.append(self._tell(f"response.{self._kind}.delta", delta=text, **more, **self._place))
         return data
 
@@ -171,8 +180,8 @@ class _Part:
         """The end of the item that is open, if one is."""
         if self._thinks is None:
             return []
-        part = text_part(self._thinks, self._text)
-        more: dict[str, Any] = {} if self._thinks else {"logprobs": []}
+        part = text_part(self._thinks, self._text, self._logprobs)
+        more: dict[str, Any] = {} if self._thinks else {"logprobs": self._logprobs}
         item = self._response.item(self._thinks, status, [part])
         return [
             self._tell(f"response.{self._kind}.done", text=self._text, **more, **self._place),

@@ -107,11 +107,47 @@ _BIAS: dict[str, Any] = {
 }
 
 
+def read_format(value: Any) -> Any:
+    """`{"type": "text" | "json_object"}`, or a JSON Schema as chat completions or responses write it, as
+    `{"type": "json_schema", "schema": ..}`."""
+    if value is None or value in ({"type": "text"}, {"type": "json_object"}):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind != "json_schema":
+        raise fault(f"must be of type text, json_object or json_schema, got {value if kind is None else kind!r:.60}")
+    inner = value["json_schema"] if "json_schema" in value else {key: value[key] for key in value if key != "type"}
+    if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict | bool):
+        raise fault("needs a json_schema with a schema")
+    for name in ({*value} - {"type", "json_schema"} if "json_schema" in value else {*inner}) - _FORMAT_FIELDS:
+        raise fault(f"unknown field {name!r:.40}")
+    for name in {*inner} - _FORMAT_FIELDS:
+        raise fault(f"unknown field {name!r:.40} in json_schema")
+    return {"type": "json_schema", **inner}
+
+
+# Every answer holds to its schema, so `strict` says nothing more.
+_FORMAT_FIELDS = frozenset(("name", "description", "schema", "strict"))
+FORMAT: dict[str, Any] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
+            "required": ["type"],
+        },
+        {"type": "null"},
+    ]
+}
+
+
 class Extension(Strict):
     """What only a diffusion model has; every field left out stays as the checkpoint has it."""
 
-    mode: Literal["diffusion", "ar"] | None = None
-    """Write by canvases, or token by token with the encoder."""
+    mode: Literal["diffusion", "ar", "verified"] | None = None
+    """Write by canvases, token by token with the encoder, or the latter with canvases as drafts."""
+    verify_draft: Literal["argmax", "sample"] | None = None
+    """Mode `verified`: a draft's tokens are the likeliest, or drawn."""
+    verify_pace: Literal["adaptive", "fixed"] | None = None
+    """Mode `verified`: draft as it pays, or always."""
     steps: int | None = Field(None, ge=1)
     """At most so many denoising steps a canvas."""
     canvas_length: int | None = Field(None, ge=1)
@@ -136,6 +172,8 @@ class Extension(Strict):
     """Stop and commit as one or the other reference does."""
     trace: bool = False
     """Record every step; the trace is at /v1/traces/{id} afterwards."""
+    confidence: bool = False
+    """Tell how sure the canvas was of each token; not in /v1/responses."""
 
 
 class StreamOptions(Strict):
@@ -181,7 +219,18 @@ class Penalised(Sampling):
     max_tokens: int | None = Field(None, ge=1)
     """At most so many tokens."""
     stream_options: StreamOptions | None = None
+    response_format: Any = described(FORMAT)
+    """Text, any JSON object, or JSON that fits a schema."""
+    guided_json: dict[str, Any] | bool | str | None = None
+    """A JSON Schema (or its text) that the answer fits. The `guided_*` are no fields of OpenAI's."""
+    guided_regex: str | None = None
+    """A regular expression that the whole answer matches."""
+    guided_choice: list[str] | None = Field(None, min_length=1)
+    """Texts of which the answer is one."""
+    guided_grammar: str | None = None
+    """A grammar that the answer fits; its notation is in `docs/constraints.md`."""
 
+    _read_format = field_validator("response_format", mode="before")(read_format)
     _read_stop = field_validator("stop", mode="before")(_stops)
     _read_bias = field_validator("logit_bias", mode="before")(_bias)
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dgemma.server.schemas import Penalised, Strict, accepted, described, fault, fault_of, only
 
-_NO_TOOLS = "tools are not supported"
+NO_TOOLS = "tools are not supported"
 _CONTENT = {
     "anyOf": [
         {"type": "string"},
@@ -58,8 +58,8 @@ class Message(Strict):
     name: Any = only(why="chat templates know no names of speakers")
     refusal: Any = only(why="refusals cannot be told apart from text")
     audio: Any = only(why="audio is not supported")
-    tool_calls: Any = only([], why=_NO_TOOLS)
-    function_call: Any = only(why=_NO_TOOLS)
+    tool_calls: Any = only([], why=NO_TOOLS)
+    function_call: Any = only(why=NO_TOOLS)
     annotations: Any = only([], why="annotations are not supported")
 
     _read_content = field_validator("content", mode="before")(lambda value: text_of_parts(value))
@@ -71,17 +71,24 @@ class Message(Strict):
         return {"role": role, "content": self.content, **more}
 
 
-def _format(value: Any) -> Any:
-    if value is None or value == {"type": "text"}:
-        return value
-    kind = value.get("type") if isinstance(value, dict) else value
-    raise fault(f"only {{'type': 'text'}} is supported; structured output is not there yet, got {kind!r:.60}")
+class Conversation(Strict):
+    """Fields without influence, or with one value only, that both schemas of conversations have."""
+
+    metadata: dict[str, str] | None = accepted()
+    safety_identifier: str | None = accepted()
+    prompt_cache_key: str | None = accepted()
+    parallel_tool_calls: bool | None = Field(None, description="Accepted: there are no tools to call.")
+
+    moderation: Any = only(why="there is no moderation")
+    prompt_cache_options: Any = only(why="prefixes are kept as long as there is room; a request cannot choose how")
+    prompt_cache_retention: Any = only("in_memory", why="prefixes are kept in memory only")
+    service_tier: Any = only("auto", "default", why="there is one tier")
+    store: Any = only(False, why="answers are not stored")
+    tool_choice: Any = only("none", "auto", why=NO_TOOLS)
+    tools: Any = only([], why=NO_TOOLS)
 
 
-_FORMAT: dict[str, Any] = {"enum": [None, {"type": "text"}]}
-
-
-class ChatRequest(Penalised):
+class ChatRequest(Conversation, Penalised):
     """A conversation to be answered."""
 
     messages: list[Message] = Field(min_length=1)
@@ -92,30 +99,14 @@ class ChatRequest(Penalised):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     reasoning_effort: Literal["none", "medium"] | None = None
     """`medium` lets the model think aloud where its template has a switch for that; there is one level."""
-    response_format: Any = described(_FORMAT)
-    """Text only."""
-
-    metadata: dict[str, str] | None = accepted()
-    safety_identifier: str | None = accepted()
-    prompt_cache_key: str | None = accepted()
-    parallel_tool_calls: bool | None = Field(None, description="Accepted: there are no tools to call.")
 
     audio: Any = only(why="audio is not supported")
-    function_call: Any = only("none", "auto", why=_NO_TOOLS)
-    functions: Any = only([], why=_NO_TOOLS)
+    function_call: Any = only("none", "auto", why=NO_TOOLS)
+    functions: Any = only([], why=NO_TOOLS)
     modalities: Any = only(["text"], why="answers are text")
-    moderation: Any = only(why="there is no moderation")
     prediction: Any = only(why="predicted outputs are not supported")
-    prompt_cache_options: Any = only(why="prefixes are kept as long as there is room; a request cannot choose how")
-    prompt_cache_retention: Any = only("in_memory", why="prefixes are kept in memory only")
-    service_tier: Any = only("auto", "default", why="there is one tier")
-    store: Any = only(False, why="completions are not stored")
-    tool_choice: Any = only("none", "auto", why=_NO_TOOLS)
-    tools: Any = only([], why=_NO_TOOLS)
     verbosity: Any = only("medium", why="the model has no levels of verbosity")
     web_search_options: Any = only(why="there is no web search")
-
-    _read_format = field_validator("response_format", mode="before")(_format)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -7,6 +7,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from dgemma.server.schemas import Penalised, described, fault, fault_of, only
+from dgemma.server.schemas_infill import check_suffix
 
 MAX_PROMPTS = 128
 
@@ -44,7 +45,8 @@ class CompletionRequest(Penalised):
 
     best_of: int | None = Field(None, description="Answers are not ranked: null or the value of n.")
     echo: Any = only(False, why="the prompt is not sent back")
-    suffix: Any = only(why="text after the completion is not supported")
+    suffix: str | None = None
+    """Text behind the completion, which is then the likeliest of several fills; see /v1/infill."""
 
     _read_prompts = field_validator("prompt", mode="before")(_prompts)
 
@@ -52,6 +54,12 @@ class CompletionRequest(Penalised):
     def _nothing_to_rank(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise fault_of("best_of", f"answers are not ranked, so it must be null or n ({self.n or 1})")
+        return self
+
+    @model_validator(mode="after")
+    def _one_fill(self) -> Self:
+        if self.suffix:
+            check_suffix(self, self.prompt, {"logprobs": self.logprobs is not None})
         return self
 
     @property

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from dgemma.server.schemas import Sampling, Strict, accepted, described, fault, only
-from dgemma.server.schemas_chat import text_of_parts
+from dgemma.server.schemas import FORMAT, Sampling, Strict, described, fault, fault_of, only, read_format
+from dgemma.server.schemas_chat import NO_TOOLS, Conversation, text_of_parts
 
-_NO_TOOLS = "tools are not supported"
 _STATELESS = "responses are not stored, so every request brings its whole conversation"
+LOGPROBS = "message.output_text.logprobs"
 _ROLES = ("user", "assistant", "system", "developer")
 _PARTS = ("input_text", "output_text")
 _BOOKS = ("id", "status", "type", "role", "content", "phase")  # what an item may have
@@ -65,8 +65,11 @@ class Reasoning(Strict):
 class Text(Strict):
     """What the answer is."""
 
-    format: Any = only({"type": "text"}, why="structured output is not there yet")
+    format: Any = described(FORMAT)
+    """Text, any JSON object, or JSON that fits a schema."""
     verbosity: Any = only("medium", why="the model has no levels of verbosity")
+
+    _read_format = field_validator("format", mode="before")(read_format)
 
 
 class ResponseStreamOptions(Strict):
@@ -75,7 +78,7 @@ class ResponseStreamOptions(Strict):
     include_obfuscation: Any = only(False, why="chunks are not padded with random text")
 
 
-class ResponsesRequest(Sampling):
+class ResponsesRequest(Conversation, Sampling):
     """A conversation to be answered, in the newer of OpenAI's two schemas."""
 
     input: list[dict[str, str]] = described(_INPUT, ...)
@@ -86,11 +89,9 @@ class ResponsesRequest(Sampling):
     reasoning: Reasoning | None = None
     text: Text | None = None
     stream_options: ResponseStreamOptions | None = None
-
-    metadata: dict[str, str] | None = accepted()
-    safety_identifier: str | None = accepted()
-    prompt_cache_key: str | None = accepted()
-    parallel_tool_calls: bool | None = Field(None, description="Accepted: there are no tools to call.")
+    include: Any = only([], [LOGPROBS], why="log-probabilities are all there is to include")
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    """So many likely tokens beside the chosen one; needs them to be included."""
 
     access_programs: Any = only(why="there are no access programs")
     background: Any = only(False, why="answers are not made in the background")
@@ -98,21 +99,23 @@ class ResponsesRequest(Sampling):
     context_management: Any = only([], why="the context is not managed: what does not fit is refused")
     conversation: Any = only(why=_STATELESS)
     image: Any = only(why="images are not supported")
-    include: Any = only([], why="there is nothing more to include")
-    max_tool_calls: Any = only(why=_NO_TOOLS)
-    moderation: Any = only(why="there is no moderation")
+    max_tool_calls: Any = only(why=NO_TOOLS)
     previous_response_id: Any = only(why=_STATELESS)
     prompt: Any = only(why="there are no stored prompts")
-    prompt_cache_options: Any = only(why="prefixes are kept as long as there is room; a request cannot choose how")
-    prompt_cache_retention: Any = only("in_memory", why="prefixes are kept in memory only")
-    service_tier: Any = only("auto", "default", why="there is one tier")
-    store: Any = only(False, why="responses are not stored")
-    tool_choice: Any = only("none", "auto", why=_NO_TOOLS)
-    tools: Any = only([], why=_NO_TOOLS)
-    top_logprobs: Any = only(0, why="log-probabilities are given by /v1/chat/completions")
     truncation: Any = only("disabled", why="what does not fit is refused")
 
     _read_input = field_validator("input", mode="before")(_input)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.top_logprobs and not self.include:
+            raise fault_of("top_logprobs", f"needs include: [{LOGPROBS!r}]")
+        return self
+
+    @property
+    def top(self) -> int | None:
+        """How many likely tokens are asked for beside the chosen one; None: no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.include else None
 
     @property
     def budget(self) -> tuple[str, int | None]:

@@ -1,4 +1,4 @@
-"""The gate before every route: request ids, keys, limits of the body, one log line a request.
+"""The gate before every route: request ids, names, keys, limits of the body, one log line a request.
 
 Plain ASGI, so that streams pass through as they are. Knows no schemas.
 """
@@ -22,7 +22,10 @@ from dgemma.server.service import Service
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _OPEN = ("/", "/health", "/metrics", "/docs", "/openapi.json")
-_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", *_OPEN)
+_ROUTES = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/infill", "/v1/edit", "/v1/systemone", "/v1/models",
+    *_OPEN,
+)  # fmt: skip
 _TEMPLATES = (("/v1/models/", "/v1/models/{id}"), ("/v1/traces/", "/v1/traces/{id}"), ("/page/", "/page/{name}"))
 _GONE = 499
 _BODY_S = 60.0  # for the whole body to arrive
@@ -73,6 +76,15 @@ class Gate:
             log(id=state["request_id"], route=route, status=status, ms=round(1000 * seconds, 1), **fields)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        host = headers.get("host")  # a browser always sends one
+        if host is not None and not self._service.config.answers_to(host):
+            return ApiError(
+                421,
+                f"this server is not called {host[:200]!r}; it answers to localhost, 127.0.0.1, [::1] and to what "
+                "--allowed-host names",
+                code="host_not_allowed",
+                reason="host",
+            )
         if path in _OPEN or path.startswith("/page/"):
             return None
         if not self._knows(headers.get("authorization", "")):

@@ -7,7 +7,7 @@ from the file's added tokens and from `tokenizer_config.json`. Knows no model an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,19 @@ class Tokenizer:
         """The id of a token by its name, such as `<|channel>`."""
         return self._fast.token_to_id(token)
 
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each id adds to a text, by id; None for special tokens and for ids without any.
+
+        `RequestError` for a decoder whose tokens have no bytes of their own.
+        """
+        state = self._fast.decoder.__getstate__() if self._fast.decoder else b"{}"
+        spell = token_speller(json.loads(state))
+        pieces: list[bytes | None] = [None] * (1 + max(self._fast.get_vocab(with_added_tokens=True).values()))
+        for token, number in self._fast.get_vocab(with_added_tokens=True).items():
+            if number not in self.special_ids:
+                pieces[number] = spell(token) or None
+        return pieces
+
     def piece(self, token: int) -> str:
         """One token as the text of one cell: printable, on one line, never empty (`↵` is a newline)."""
         if token in self.special_ids:
@@ -92,6 +105,35 @@ class Tokenizer:
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         return str(self._fast.decode(ids, skip_special_tokens=skip_special))
+
+
+def token_speller(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
+    """From a token as the vocabulary writes it to its bytes, for the `decoder` of a `tokenizer.json`."""
+    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder] if decoder else []
+    kinds = [step["type"] for step in steps]
+    if not {*kinds} <= {"ByteLevel", "Replace", "ByteFallback", "Fuse"}:
+        raise RequestError(f"tokens of a decoder {', '.join(kinds)} have no bytes of their own; a constraint needs them")
+    table = _byte_level_table() if "ByteLevel" in kinds else {}
+    replaced = [(step["pattern"].get("String"), step["content"]) for step in steps if step["type"] == "Replace"]
+    fallback = "ByteFallback" in kinds
+
+    def spell(token: str) -> bytes:
+        for old, new in replaced:
+            token = token.replace(old, new) if old else token
+        if fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        if table and all(character in table for character in token):
+            return bytes(table[character] for character in token)
+        return token.encode()
+
+    return spell
+
+
+def _byte_level_table() -> dict[str, int]:
+    """The printable stand-ins of the 256 bytes (GPT-2): itself where printable, else the next from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 class StreamDecoder:

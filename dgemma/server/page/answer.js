@@ -3,6 +3,7 @@
 
 import { CanvasPlayer } from "./canvas.js";
 import { el } from "./dom.js";
+import { Doubts } from "./doubts.js";
 import { loadTrace } from "./store.js";
 import { Trace } from "./trace.js";
 
@@ -24,13 +25,14 @@ export class AnswerView {
     this._thoughts = el("details", { class: "thought", hidden: true }, el("summary", { text: "Thought" }), this.thought);
     this.text = el("div", { class: "words" });
     if (lead) this.text.append(el("span", { class: "lead", text: lead }));
+    this.doubts = new Doubts(this.text);
     this.note = el("p", { class: "note", hidden: true });
     this._place = el("div", { class: "place" });
     this.numbers = el("dl", { class: "numbers" });
     this.actions = el("div", { class: "actions" });
     this.problem = el("div", { class: "problem", role: "alert", hidden: true });
     this.element = el("article", { class: "answer", "aria-label": `Answer of ${model || "the model"}` },
-      this._thoughts, this.text, this.note, this._place, this.problem, this.numbers, this.actions);
+      this._thoughts, this.text, this.doubts.readout, this.note, this._place, this.problem, this.numbers, this.actions);
     if (record.thought) this._think(record.thought);
     if (record.text) this.text.append(el("span", { class: "final", text: record.text }));
   }
@@ -152,8 +154,10 @@ export class AnswerView {
     const parts = this.trace?.texts ?? [];
     if (parts.join("") !== this.record.text) return;
     for (const old of this.text.querySelectorAll(".final, .fresh, .part")) old.remove();
-    this._parts = parts.map((text) => el("span", { class: "part", text }));
+    this._parts = parts.map((text, index) => el("span", { class: "part" },
+      ...this.doubts.spans(text, this.trace.words[index])));
     this.text.append(...this._parts);
+    this.doubts.begin();
   }
 
   _mark(canvas) {

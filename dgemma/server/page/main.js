@@ -172,6 +172,7 @@ for (const name of ["list", "sampler"]) {
   byId(`open-${name}`).addEventListener("click", () => flip(name));
   byId(`close-${name}`).addEventListener("click", () => closePanel());
 }
+byId("doubts").addEventListener("change", () => document.body.toggleAttribute("data-doubts", byId("doubts").checked));
 byId("shade").addEventListener("click", () => closePanel());
 
 function closePanel() {

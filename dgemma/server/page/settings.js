@@ -17,7 +17,8 @@ const GROUPS = [
     { name: "seed", label: "Seed", place: "top", step: 1, none: "random", help: "The same seed gives the same answer." },
   ]],
   ["Canvas", [
-    { name: "mode", label: "Mode", options: ["diffusion", "ar"], help: "Whole canvases, or token by token." },
+    { name: "mode", label: "Mode", options: ["diffusion", "ar", "verified"],
+      help: "Whole canvases, token by token, or token by token with canvases as drafts." },
     { name: "steps", label: "Most steps a canvas", min: 1, step: 1, help: "Denoising steps after which a canvas is committed as it is." },
     { name: "canvas_length", label: "Positions a canvas", min: 1, step: 1, none: "default", help: "A width that the model was not trained at is approximate." },
     { name: "narrow", label: "Narrow canvases", options: ["auto", "never", "short", "adaptive"],

@@ -19,6 +19,7 @@ export class Trace {
     this.canvases = []; // {number, width, steps: [Step], stop}
     this.tokens = 0; // committed ones
     this.texts = []; // final text, a part a canvas; what was held back to the end is in the last
+    this.words = []; // the same parts as tokens [{text, entropy, revisions, change, steps}]; null where that is unknown
     this.finished = null;
     this.seconds = 0;
     this._pieces = new Map();
@@ -80,8 +81,20 @@ export class Trace {
     this.tokens += line.tokens.length;
     this._commits += 1;
     this.texts.push(line.text ?? "");
+    this.words.push(this._words(line));
     const canvas = this.canvases.at(-1);
     if (canvas?.number === line.canvas) canvas.stop = line.stop;
+  }
+
+  // How sure the canvas was of each token. Pieces are text but for newlines and parts of a character: where they do
+  // not spell the text, as with thoughts and stop texts, nothing is told.
+  _words(line) {
+    if (!line.entropy) return null;
+    const words = line.tokens.map((token, place) => ({
+      text: this._blank.has(token) ? "" : (this._pieces.get(token) ?? "\ufffd").replaceAll("↵", "\n"),
+      entropy: line.entropy[place], revisions: line.revisions[place], change: line.last_change[place], steps: line.steps,
+    }));
+    return words.map((word) => word.text).join("") === (line.text ?? "") ? words : null;
   }
 
   get steps() {

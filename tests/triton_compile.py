@@ -1,0 +1,102 @@
+"""Compile every Triton kernel for an H100 without one, at the shapes of the released model; print what each needs.
+
+Run by `test_triton_compile.py` in a process of its own (under the interpreter nothing can be compiled). Tensors have no
+memory (device "meta"), launches are compiled and not run: the code path is that of a device, up to the launch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from dgemma.kernels import triton_attention, triton_norms, triton_rope, triton_route, triton_vocab
+
+HIDDEN, VOCAB, EXPERTS, TOP_K, CANVAS, WINDOW = 2816, 262_144, 128, 8, 256, 1024
+SHAPES = {"sliding": (16, 8, 256), "full": (16, 2, 512)}
+
+
+class Driver:
+    """Stands for an H100."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def compile_instead_of_running(found: dict[str, dict[str, int]]) -> None:
+    triton.runtime.driver.set_active(Driver())
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
+        entry = found.setdefault(name, {"shared": 0, "variants": 0})
+        entry["shared"] = max(entry["shared"], kernel.metadata.shared)
+        entry["variants"] += 1
+        return kernel
+
+    JITFunction.run = compiled
+
+
+def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def rows_ops(rows: int, dtype: torch.dtype) -> None:
+    x, weight = like(rows, HIDDEN, dtype=dtype), like(HIDDEN, dtype=dtype)
+    triton_norms.rms_norm(x, weight, 1e-6)
+    triton_norms.rms_norm(x, None, 1e-6)
+    triton_norms.middle(x, x, weight, weight, 1e-6, weight, weight)
+    triton_norms.close(x, x, x, (weight, weight, weight), like(1, dtype=dtype), weight, 1e-6)
+    triton_norms.gelu(x)
+    triton_norms.geglu(x)
+    triton_route.choose(like(rows, EXPERTS, dtype=dtype), like(EXPERTS, dtype=dtype), TOP_K)
+
+
+def attention(rows: int, dtype: torch.dtype) -> None:
+    for kind, (heads, keys, dim) in SHAPES.items():
+        has_v = kind == "sliding"
+        packed = like(rows, (heads + (2 if has_v else 1) * keys) * dim, dtype=dtype)
+        table, weight = like(rows, dim, dtype=dtype), like(dim, dtype=dtype)
+        q, k, v = triton_rope.heads(packed, weight, weight, table, table, 1e-6, (heads, keys), has_v)
+        triton_rope.rope(q, table, table)
+        for stored in (1, 200, 4 * WINDOW):
+            old = like(stored, keys, dim, dtype=dtype)
+            triton_attention.canvas_attention(q, k, v, old, old, 0, stored)
+            triton_attention.attention(q, old, old, None, like(rows, 2, dtype=torch.int64))
+
+
+def vocabulary(rows: int, dtype: torch.dtype) -> None:
+    heat, noise = like(rows, dtype=torch.float32), like(rows, VOCAB // 1024, dtype=torch.float64)
+    for own in (None, heat):
+        triton_vocab.vocab(like(rows, HIDDEN, dtype=dtype), like(VOCAB, HIDDEN, dtype=dtype), 30.0, heat, noise, own)
+
+
+def main(types: list[str]) -> None:
+    found: dict[str, dict[str, int]] = {}
+    compile_instead_of_running(found)
+    for dtype in (getattr(torch, name) for name in types):
+        for rows in (1, CANVAS):
+            rows_ops(rows, dtype)
+            attention(rows, dtype)
+            vocabulary(rows, dtype)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main(sys.argv[1:])
