@@ -43,7 +43,7 @@ class Committed:
     stop: str
     """Why denoising stopped: `"stable"` (the stop rule), `"cap"` (the step limit), `"hook"` or `"ar"`."""
     entropy: tuple[float, ...] = ()
-    """In nats, of each token's position at the step that decided; this and the next three are empty in mode "ar"."""
+    """In nats, of each token's position at the step that decided; this and the next three only in mode "diffusion"."""
     top_logprob: tuple[float, ...] = ()
     """Of the likeliest token there, in nats, at that step's temperature; not the encoder's (see `Scored`)."""
     revisions: tuple[int, ...] = ()

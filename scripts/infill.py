@@ -153,7 +153,7 @@ def draw(told: dict[str, Any], path: Path) -> None:
         axes.plot([low, high], [row, row], color="black", linewidth=1.2)
         axes.text(high + 0.6, row, f"{mean:.1f}", va="center", fontsize=9)
         axes.set_yticks(range(len(names)), list(reversed(names.values())))
-    axes.set_xlabel(f"nats of fill and text behind it, by the encoder (less is better; {told['cases']} cases, 95 %)")
+    axes.set_xlabel(f"nats of fill and text behind it, by the encoder ({told['cases']} cases)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

@@ -146,7 +146,7 @@ def test_first_lengths_cover_every_hole(llm: LLM) -> None:
 
 def test_what_does_not_fit_is_an_error_or_reported(tiny: LLM) -> None:
     text = "A [[... 2 tokens ...]]" + " on the mat" * 8
-    with pytest.raises(RequestError, match="a canvas of this model has at most 16: a hole cannot see"):
+    with pytest.raises(RequestError, match="the widest canvas of this model holds 16: a hole cannot see"):
         tiny.infill(text)
     filled = tiny.infill(text, truncate=True, candidates=1)
     assert filled.truncated and filled.text.endswith(" on the mat" * 8)

@@ -92,7 +92,7 @@ def test_suffix_of_completions_is_an_infill(server: Running, llm: LLM) -> None:
         ("/v1/infill", {"text": TEXT, "dgemma": {"trace": True}}, "dgemma.trace", "routes that give one answer"),
         ("/v1/infill", {"text": TEXT, "dgemma": {"t_max": 0.1}}, "dgemma.t_max", "greater than"),
         ("/v1/infill", {"text": "a [[... 2 tokens ...]] b<eos>"}, "text", "special token"),
-        ("/v1/infill", {"text": "a [[...]]" + " on the mat" * 99}, "text", "a canvas of this model has at most 256"),
+        ("/v1/infill", {"text": "a [[...]]" + " on the mat" * 99}, "text", "the widest canvas of this model holds 256"),
         ("/v1/edit", {"text": STORY}, "spans", "say what to edit"),
         ("/v1/edit", {"text": STORY, "spans": [{"start": 1, "end": 999}]}, "spans", "is not in the text"),
         ("/v1/edit", {"text": STORY, "spans": []}, "spans", "at least 1"),

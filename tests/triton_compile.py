@@ -6,8 +6,12 @@ memory (device "meta"), launches are compiled and not run: the code path is that
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -44,12 +48,25 @@ def compile_instead_of_running(found: dict[str, dict[str, int]]) -> None:
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
-        entry = found.setdefault(name, {"shared": 0, "variants": 0})
-        entry["shared"] = max(entry["shared"], kernel.metadata.shared)
-        entry["variants"] += 1
+        entry = found.setdefault(name, {"shared": 0, "registers": 0, "stack": 0})
+        for what, value in {"shared": kernel.metadata.shared, **resources(kernel.asm["cubin"])}.items():
+            entry[what] = max(entry[what], value)
         return kernel
 
     JITFunction.run = compiled
+
+
+@functools.cache
+def resources(binary: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of memory a thread for what did not fit into them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+)", said), re.search(r"STACK:(\d+)", said)
+    assert registers and stack, said
+    return {"registers": int(registers[1]), "stack": int(stack[1])}
 
 
 def like(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -28,6 +28,7 @@ from dgemma.errors import DgemmaError
 from dgemma.events import Committed
 from dgemma.kernels.scaled import E4M3, product
 from dgemma.model import DiffusionGemma
+from dgemma.model.moe import Experts
 
 Table = Mapping[str, Callable[..., Any]]
 """One backend's row of `kernels.TABLE`."""
@@ -161,7 +162,7 @@ def time_answers(
     """Wall clock of whole answers without the prompt's passes, one seed each; a run of other work is an error."""
     side.run(prompt, config.with_(max_denoising_steps=2))
     width = config.canvas_length or 0
-    rates, seconds, steps = [], [], []
+    rates, seconds, steps = list[float](), list[float](), list[float]()
     for repeat in range(repeats):
         run = side.run(prompt, config.with_(seed=config.seed + repeat))
         wanted = (canvases * width, canvases * config.max_denoising_steps)
@@ -178,9 +179,7 @@ def time_answers(
     }
 
 
-def time_tokens(
-    model: DiffusionGemma, prompt: Sequence[int], config: GenerationConfig, repeats: int
-) -> dict[str, Any]:
+def time_tokens(model: DiffusionGemma, prompt: Sequence[int], config: GenerationConfig, repeats: int) -> dict[str, Any]:
     """Autoregression on the same weights: tokens a second behind the encoded prompt."""
     side, rates = Ours(Engine(model, _ENGINE)), []
     side.run(prompt, config)
@@ -230,7 +229,7 @@ def _ticks(engine: Engine) -> Iterator[Sequence[Any]]:
 def try_blocks(
     model: DiffusionGemma, row: Table, candidates: Mapping[str, Any], rows: int
 ) -> tuple[str, dict[str, float]]:
-    """Milliseconds of one layer's experts under each way to cut them, and the fastest. Every layer's weights in turn."""
+    """Milliseconds of a layer's experts under each way to cut them, and the fastest. All layers take turns."""
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     config, times = model.config, {}
     generator = torch.Generator(device).manual_seed(0)
@@ -239,8 +238,8 @@ def try_blocks(
     weights, ids = scores.topk(config.top_k_experts)
     ids, order = ids.sort(dim=-1)
     weights = weights.gather(1, order)
-    layers = [layer.experts for layer in model.layers]  # type: ignore[union-attr]
-    stacks = [one.matrices or (one.gate_up_proj, one.down_proj) for one in layers]  # type: ignore[union-attr]
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    stacks = [one.matrices or (one.gate_up_proj, one.down_proj) for one in layers]
 
     def sweep(blocks: Any) -> None:
         for gate_up, down in stacks:

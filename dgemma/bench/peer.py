@@ -25,9 +25,16 @@ _HINT = "Install it with: pip install 'dgemma[dev]'; or measure dgemma alone wit
 class Peer:
     """A loaded `DiffusionGemmaForBlockDiffusion`: default attention, experts and cache."""
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, width: int) -> None:
-        """`width` is the canvas of requests that name none."""
-        transformers = _transformers(config)
+    def __init__(
+        self,
+        source: Path | torch.nn.Module,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        width: int,
+    ) -> None:
+        """`source` is a checkpoint's folder or a model of theirs; `width` is the canvas of requests that name none."""
+        transformers = peer_library(config)
         self.name = "transformers"
         self.version: str = transformers.__version__
         self._device = device
@@ -35,9 +42,13 @@ class Peer:
         settings = transformers.models.diffusion_gemma.generation_diffusion_gemma.DiffusionGemmaGenerationConfig()
         transformers.utils.logging.disable_progress_bar()
         # Its own generation_config.json is not read: every setting comes with the request.
-        model = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
-            folder, dtype=dtype, generation_config=settings
-        )
+        if isinstance(source, torch.nn.Module):
+            model: Any = source
+            model.generation_config = settings
+        else:
+            model = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
+                source, dtype=dtype, generation_config=settings
+            )
         self._model = model.to(device).eval().requires_grad_(False)
         self._width = width
         self._clock = _Clock(device)
@@ -177,7 +188,7 @@ class _Clock:
         pass
 
 
-def _transformers(config: ModelConfig) -> Any:
+def peer_library(config: ModelConfig) -> Any:
     """The library, or a `ConfigError`: not installed, too old, or unable to build this model."""
     if not config.num_experts:
         raise ConfigError("transformers cannot build a dense DiffusionGemma; measure dgemma alone with --no-peer")

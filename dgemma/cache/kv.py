@@ -78,6 +78,15 @@ class KVCache:
         store = self._layers[layer]
         return store.read(self._first(store), self.length)
 
+    def stored(self, layer: int) -> tuple[Tensor, Tensor, int, int]:
+        """`prefix` where it lies: buffers of keys and values, the slot of its first token, and how many there are.
+
+        They follow each other, behind the last slot at slot 0 again.
+        """
+        store = self._layers[layer]
+        first = self._first(store)
+        return *store.buffers, first if store.slots is None else first % store.slots, self.length - first
+
     def segments(self, counts: Sequence[int]) -> list[KVCache]:
         """This cache seen from the beginning of each of consecutive parts of one pass, `counts` tokens long.
 
@@ -184,6 +193,10 @@ class _Layer:
         self.slots, self._most = slots, most
         self.written = 0
         self.empty = self._k = self._v = empty
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        return self._k, self._v
 
     def write(self, start: int, k: Tensor, v: Tensor) -> None:
         self._reserve(start + k.shape[0])

@@ -75,7 +75,7 @@ def save_checkpoint(
         Path(folder),
         {name: tensor.numel() * stored.itemsize for name, tensor in tensors.items()},
         lambda names: {name: tensors[name].detach().to("cpu", stored).contiguous() for name in names},
-        {CONFIG: _config_json(model.config, stored), GENERATION: generation.to_hf()},
+        {CONFIG: config_json(model.config, stored), GENERATION: generation.to_hf()},
         extra_files,
         max_shard_bytes,
     )
@@ -121,7 +121,7 @@ def _vision_placeholder(model: DiffusionGemma) -> dict[str, Tensor]:
     }
 
 
-def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {**config.to_hf(), "dtype": str(dtype).removeprefix("torch."), "vision_config": _VISION}
 
 

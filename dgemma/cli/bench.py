@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgemma.cli import bench_serve
+from dgemma.cli import bench_gpu, bench_serve
 from dgemma.cli.arguments import add_generation, add_loading, settings_of
 from dgemma.cli.output import note, write
 from dgemma.cli.report import Outcome, Say, add_output, check_output, deliver, telling
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     outcome = arguments.job(arguments)
     if outcome is not None:
         deliver(arguments, outcome)
-    return 0
+    return 0 if outcome is None else outcome.status
 
 
 def _measure(arguments: argparse.Namespace, measure: Callable[[LLM, Any, Say], Any], settings: Any) -> Any:
@@ -301,6 +301,7 @@ _BENCHMARKS: tuple[tuple[str, str, str, _Add, _Job], ...] = (
     ),
     ("start", "seconds from the start of a process to its first draft", "Our engine alone.", _add_start, _start),
     (bench_serve.NAME, bench_serve.HELP, bench_serve.DESCRIPTION, bench_serve.add_arguments, bench_serve.run),
+    (bench_gpu.NAME, bench_gpu.HELP, bench_gpu.DESCRIPTION, bench_gpu.add_arguments, bench_gpu.run),
     ("make", "write a checkpoint of random weights to measure with", "Its text is noise.", _add_make, _make),
     (
         "table", "the whole table: every checkpoint, format and number of threads",

@@ -230,6 +230,6 @@ def check_room(least: int, room: int, truncate: bool) -> None:
     """Everything behind the first hole has to fit into a canvas, unless it may be cut into several."""
     if least > room and not truncate:
         raise RequestError(
-            f"from the first hole on the text needs at least {least} tokens, and a canvas of this model has at most "
-            f"{room}: a hole cannot see behind its canvas. Shorten the text behind it, or allow it with truncate"
+            f"from the first hole on the text needs at least {least} tokens, and the widest canvas of this model "
+            f"holds {room}: a hole cannot see behind its canvas. Shorten the text behind it, or allow it with truncate"
         )

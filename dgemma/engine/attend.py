@@ -31,7 +31,7 @@ class EncodeAttend:
     def __init__(self, config: ModelConfig, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
         self._config = config
         self._segments = list(zip(caches, spans(counts), strict=True))
-        self._views: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
+        self._views: dict[tuple[int, int, bool], tuple[Tensor | None, ...]] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sliding = self._config.layers[layer].kind == "sliding"
@@ -42,8 +42,8 @@ class EncodeAttend:
             out.append(kernels.attention(q[span], keys, values, *view))
         return torch.cat(out)
 
-    def _view(self, queries: int, keys: int, sliding: bool, device: torch.device) -> tuple[Tensor, ...]:
-        """What the last `queries` of `keys` positions see: the mask and, for the CPU's op, the same as spans.
+    def _view(self, queries: int, keys: int, sliding: bool, device: torch.device) -> tuple[Tensor | None, ...]:
+        """What the last `queries` of `keys` positions see, as spans; on a CPU, whose op wants both, also as a mask.
 
         Nothing where the one query sees every key. All layers of a kind share it.
         """
@@ -51,8 +51,8 @@ class EncodeAttend:
         if queries > 1 and key not in self._views:
             q, k = torch.arange(keys - queries, keys, device=device), torch.arange(keys, device=device)
             first = (q + 1 - self._config.sliding_window).clamp(min=0) if sliding else torch.zeros_like(q)
-            mask = (first[:, None] <= k) & (k <= q[:, None])
-            self._views[key] = (mask, torch.stack([first, q + 1], dim=1)) if device.type == "cpu" else (mask,)
+            mask = (first[:, None] <= k) & (k <= q[:, None]) if device.type == "cpu" else None
+            self._views[key] = (mask, torch.stack([first, q + 1], dim=1))
         return self._views.get(key, ())
 
 
@@ -68,6 +68,5 @@ class DenoiseAttend:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = []
         for cache, span in self._segments:
-            old_k, old_v = cache.prefix(layer)
-            out.append(kernels.attention(q[span], torch.cat([old_k, k[span]]), torch.cat([old_v, v[span]])))
+            out.append(kernels.canvas_attention(q[span], k[span], v[span], *cache.stored(layer)))
         return torch.cat(out)

@@ -12,6 +12,8 @@ from dgemma import kernels
 from dgemma.cache import KVCache
 from dgemma.engine.attend import DenoiseAttend, EncodeAttend, spans
 from dgemma.model import DiffusionGemma
+from dgemma.model.backbone import Stack
+from dgemma.model.device import DeviceStack
 from dgemma.model.fast import FastStack
 
 _FAST = (torch.float32, torch.bfloat16)
@@ -76,11 +78,14 @@ class Runner:
         self.counters = Counters()
         types = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
         able = self.device.type == "cpu" and self.dtype in _FAST and types == {self.dtype}
-        native = kernels.native.load() if able else None
-        self._stack = None if native is None else FastStack(model, native)
+        row = kernels.row_of(self.device.type)
+        native = kernels.native.load() if able and "middle" not in row else None
+        fast = None if native is None else FastStack(model, native)
+        # A row with fused ops has a stack of its own.
+        self._stack: Stack | None = DeviceStack(model) if "middle" in row else fast
         embed = model.embed.weight
         plain = embed if model.head is None else kernels.PackedHead(embed, model.head)
-        self._head = plain if self._stack is None else self._stack.head
+        self._head = plain if fast is None else fast.head
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:

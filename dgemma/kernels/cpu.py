@@ -92,6 +92,7 @@ def gelu(x: Tensor) -> Tensor:
     return reference.gelu(padded)[: x.numel()].view(x.shape)
 
 
+canvas_attention = partial(reference.canvas_attention, attend=attention)
 route = partial(reference.route, matmul=linear)
 experts = partial(reference.experts, matmul=linear, activation=gelu)
 vocab = partial(cpu_vocab.vocab, matmul=linear)

@@ -31,7 +31,7 @@ from dgemma.kernels.triton_types import interpreted, narrow
 TILE = 128
 _TILES = DRAW_BLOCK // TILE
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_VARYING = ["rows", "first", "there", "number", "chunk", "each"]  # no variant of a kernel for their sake
+_VARYING = ["rows", "first", "there", "number", "each"]  # no variant of a kernel for their sake
 _PIECE = 8 * DRAW_BLOCK  # tokens whose logits torch computes at once for top-k
 
 

@@ -39,7 +39,7 @@ def of_event(event: Committed) -> list[TokenConfidence]:
 def token_confidence(
     committed: Iterable[Committed], tokenizer: Tokenizer, ends: Container[int]
 ) -> tuple[TokenConfidence, ...]:
-    """One entry a token; empty in mode "ar". `ends` are the tokens that end an answer."""
+    """One entry a token, in mode "diffusion" only. `ends` are the tokens that end an answer."""
     decoder, found = StreamDecoder(tokenizer), list[TokenConfidence]()
     for event in committed:
         for place, one in enumerate(of_event(event)):
