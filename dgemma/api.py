@@ -69,13 +69,13 @@ class Generation:
     `finish_reason` is "stop" (end token), "length" (budget) or "abort". `steps` and `stops` are per canvas:
     denoising steps, and why they ended ("stable" or "cap"); without canvases there are no steps and `stops` is
     ("ar",). `accepted` tells in mode "verified" how many drafted tokens of each canvas were accepted.
-    `tokens_per_forward` divides by denoising steps and passes that encode committed tokens; the
-    prompt's pass counts only where it gives the first token: not in mode "diffusion". `seconds` is wall time, waiting in
-    the queue included. `cached_tokens` of the prompt had been encoded by earlier requests. `approximate` tells that
-    some canvas may have a width that the checkpoint does not say it was trained with. `logprobs` has an entry a token,
-    or is None if they were not asked for; they take one more pass, which counts. `confidence` has an entry a token,
-    for nothing; it is empty in modes "ar" and "verified". `parsed` is the value of an answer that had to fit a `schema`: an object of
-    the pydantic model, or what JSON says.
+    `tokens_per_forward` divides by denoising steps and passes that encode committed tokens; the prompt's pass counts
+    only where it gives the first token: not in mode "diffusion". `seconds` is wall time, waiting in the queue included.
+    `cached_tokens` of the prompt had been encoded by earlier requests. `approximate` tells that some canvas may have a
+    width that the checkpoint does not say it was trained with. `logprobs` has an entry a token, or is None if they were
+    not asked for; they take one more pass, which counts. `confidence` has an entry a token, for nothing; it is empty in
+    modes "ar" and "verified". `parsed` is the value of an answer that had to fit a `schema`: an object of the pydantic
+    model, or what JSON says.
     """
 
     text: str

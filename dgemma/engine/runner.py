@@ -79,7 +79,8 @@ class Runner:
         types = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
         able = self.device.type == "cpu" and self.dtype in _FAST and types == {self.dtype}
         row = kernels.row_of(self.device.type)
-        native = kernels.native.load() if able and "middle" not in row else None
+        own = row is kernels.TABLE.get("cpu")  # not inside `kernels.use`
+        native = kernels.native.load() if able and own else None
         fast = None if native is None else FastStack(model, native)
         # A row with fused ops has a stack of its own.
         self._stack: Stack | None = DeviceStack(model) if "middle" in row else fast

@@ -112,7 +112,7 @@ def token_speller(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
     steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder] if decoder else []
     kinds = [step["type"] for step in steps]
     if not {*kinds} <= {"ByteLevel", "Replace", "ByteFallback", "Fuse"}:
-        raise RequestError(f"tokens of a decoder {', '.join(kinds)} have no bytes of their own; a constraint needs them")
+        raise RequestError(f"a constraint needs the bytes of each token; a decoder of {', '.join(kinds)} has none")
     table = _byte_level_table() if "ByteLevel" in kinds else {}
     replaced = [(step["pattern"].get("String"), step["content"]) for step in steps if step["type"] == "Replace"]
     fallback = "ByteFallback" in kinds
