@@ -60,7 +60,7 @@ class Point:
     """One value of a sweep: medians. `relative` compares tokens per second with those of the sweep's first value.
 
     `ms_per_step` is of a whole pass, every canvas of the batch in it, `ms_prompt` of all ticks
-    that encode prompts, the last of which ends with the first draft.
+    up to the first drafts of a batch's prompts.
     """
 
     sweep: str
@@ -193,13 +193,14 @@ def _run(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, lis
     steps, prompt = list[float](), 0.0
     for request in requests:
         engine.add(request)
+    begin = engine.counters.denoise_passes
     begun = now = time.perf_counter()
     while engine.has_work:
-        encodes = engine.counters.encode_passes
+        was = engine.counters
         engine.tick()
         synchronise(engine.runner.device)
         before, now = now, time.perf_counter()
-        if engine.counters.encode_passes == encodes:
+        if was.denoise_passes > begin and engine.counters.encode_passes == was.encode_passes:
             steps.append(now - before)
         elif not steps:
             prompt += now - before
