@@ -111,7 +111,9 @@ class Score:
 class LLM:
     """A loaded model with its tokenizer and engine. Thread-safe: concurrent calls share batches."""
 
-    def __init__(self, checkpoint: Checkpoint, engine: EngineConfig = _ENGINE) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, engine: EngineConfig = _ENGINE, drafter: Checkpoint | None = None
+    ) -> None:
         self.name, self.folder = checkpoint.name, checkpoint.folder
         self.config: ModelConfig = checkpoint.config
         self.generation: GenerationConfig = checkpoint.generation
@@ -119,7 +121,9 @@ class LLM:
         self.chat_template = ChatTemplate.load(checkpoint.folder)
         self.demo = checkpoint.folder.parent == _SHIPPED
         self.compiler = Compiler(self.tokenizer.token_bytes, self.config.vocab_size)
-        self.engine = Engine(checkpoint.model, engine)
+        self.engine = Engine(checkpoint.model, engine, drafter=drafter.model if drafter else None)
+        if drafter and not self.tokenizer.alike(Tokenizer.load(drafter.folder)):
+            raise ConfigError(f"the drafter {drafter.name!r} has not the tokens of {checkpoint.name!r}")
         self.device, self.dtype = self.engine.runner.device, self.engine.runner.dtype
         self.worker = Worker(self.engine)
         self.filler = Filler(self.worker, self.tokenizer, self.encode_chat if self.chat_template else None, self.name)
@@ -132,8 +136,10 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         threads: int | None = None,
         engine: EngineConfig = _ENGINE,
+        drafter: str | Path | None = None,
     ) -> LLM:
-        """Load a shipped model by name, a folder, or a hub id.
+        """Load a shipped model by name, a folder, or a hub id. In mode "verified" the canvases of another model, the
+        `drafter`, may draft what this one verifies.
 
         `device` "auto" is a CUDA GPU if there is one, else the CPU. `dtype` "auto" is bfloat16 on a GPU. On a
         CPU it is float32, in which a batch gives every prompt the very answer it gets alone, unless the
@@ -146,10 +152,11 @@ class LLM:
             torch.set_num_threads(threads)
         place = _device(device)
         kind = _dtype(dtype, place)
-        checkpoint = load_checkpoint(model, device=place, dtype=kind)
-        if kind is None and sum(weight.nbytes for weight in checkpoint.model.parameters()) <= _LARGE:
-            checkpoint.model.float()
-        return LLM(checkpoint, engine)
+        loaded = [load_checkpoint(one, device=place, dtype=kind) for one in (model, drafter) if one is not None]
+        for one in loaded:
+            if kind is None and sum(weight.nbytes for weight in one.model.parameters()) <= _LARGE:
+                one.model.float()
+        return LLM(loaded[0], engine, *loaded[1:])
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a plain prompt: the begin-of-sequence token, then the text's."""
@@ -190,7 +197,7 @@ class LLM:
         config = self.generation.with_(**overrides)
         control = Control(hook=on_step, constraint=self.compiler.constraint(config, language))
         request = Request(prompt=ids, config=config, watch=watch, reuse=reuse, logprobs=logprobs, control=control)
-        validate(request, self.config)
+        validate(request, self.config, self.engine.drafter.model.config)
         return request
 
     @overload

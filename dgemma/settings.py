@@ -64,6 +64,7 @@ LOADING = (
     Option("device", str, "auto, cpu, cuda, cuda:N or mps"),
     Option("dtype", str, "type of the weights in memory", choices=("auto", "float32", "bfloat16", "float16")),
     Option("threads", int, "CPU threads"),
+    Option("drafter", str, "mode verified: another model, whose canvases draft"),
 )
 GENERATION = (
     Option(
@@ -112,6 +113,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    drafter: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `GenerationConfig` that somebody set."""
 

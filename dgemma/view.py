@@ -129,7 +129,7 @@ class Progress:
 
     @property
     def autoregressive(self) -> bool:
-        """Whether the encoder wrote the first token, from the prompt's pass, and each later one in a pass of its own."""
+        """Whether the encoder wrote the first token from the prompt's pass, and each later one in a pass of its own."""
         return self.stops[:1] == ["ar"]
 
     @property

@@ -224,6 +224,7 @@ def test_random_texts_of_a_schema_are_valid(schema: Any) -> None:
         ({"type": "array", "uniqueItems": True}, "uniqueItems is not supported"),
         ({"type": "x"}, "type must be one of"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "may hold for one value at once"),
+        ({"oneOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, "may hold for one value at once"),
         ({"type": "integer", "multipleOf": 3}, "multipleOf may only be 1"), ({"$ref": "#/a"}, "points to nothing"),
         ({"$ref": "http://x"}, "must point into the schema"), ({"$ref": "#a"}, "must point"),
         ({"type": "string", "format": "zz"}, "format must be one of"),
@@ -242,6 +243,30 @@ def test_whole_number_ranges() -> None:
         made = re.compile(schema_regex({"type": "integer", "minimum": low, "maximum": high}))
         for number in range(-1300, 1300):
             assert bool(made.fullmatch(str(number))) == (low <= number <= high), (low, high, number)
+
+
+def test_numbers_are_within_their_bounds() -> None:
+    for low, high in ((0, 1), (0.2, 0.8), (1.2, 1.25), (-0.75, -0.2), (-5.5, 3.25), (-3, -1), (0.05, 0.06)):
+        for names in (("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum")):
+            made = schema_regex({"type": "number", names[0]: low, names[1]: high})
+            python, seen = re.compile(made), 0
+            for thousandth in range(-6000, 6000):
+                number = thousandth / 1000
+                if python.fullmatch(f"{number:g}"):
+                    seen += 1
+                    assert low < number < high or (names[0] == "minimum" and low <= number <= high), (made, number)
+            assert seen, (low, high, names)
+
+
+def test_optional_properties_may_be_left_out() -> None:
+    names = ("a", "b", "c")
+    for required in ([], ["a"], ["b"], ["c"], ["a", "c"], list(names)):
+        properties = {name: {"const": 1} for name in names}
+        made = re.compile(schema_regex({"type": "object", "properties": properties, "required": required}))
+        for size in range(4):
+            for chosen in itertools.combinations(names, size):
+                text = json.dumps(dict.fromkeys(chosen, 1))
+                assert bool(made.fullmatch(text)) == (set(required) <= set(chosen)), (required, chosen)
 
 
 def test_any_object_is_nested_to_its_depth() -> None:

@@ -73,7 +73,7 @@ FILES = {
     "number for a text": ("model = 1", "model must be a text, got 1"),
     "boolean": ("steps = true", "steps must be a whole number, got True"),
     "real for whole": ("steps = 1.5", "steps must be a whole number"),
-    "no choice": ('mode = "fast"', "mode must be one of diffusion, ar, got 'fast'"),
+    "no choice": ('mode = "fast"', "mode must be one of diffusion, ar, verified, got 'fast'"),
 }
 
 

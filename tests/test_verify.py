@@ -31,7 +31,9 @@ def test_one_token_has_exactly_the_law_p(size: int, seed: int, zeros: int) -> No
         found[draft] += q[draft] * share
         for uniform, stands in ((share - 1e-9, 1), (share + 1e-9, 0)):
             if 0 <= uniform < 1:
-                accepted, rest = judge_draws(both, q[None], torch.tensor([draft]), torch.tensor([uniform]).double())
+                accepted, rest = judge_draws(
+                    both, q[None], torch.tensor([draft]), torch.tensor([uniform], dtype=torch.float64)
+                )
                 assert int(accepted) == stands
                 if not stands:
                     found += q[draft] * (1 - share) * rest / rest.sum()
@@ -80,8 +82,8 @@ def test_a_batch_is_its_rows(batch: int, drafted: int, seed: int) -> None:
 def test_joint_trigrams_have_the_law_of_the_chain(name: str) -> None:
     """1.2 million sequences in blocks; the canvas's tokens depend on each other."""
     counts = torch.zeros(CHAIN.vocab**3, dtype=torch.int64)
-    for seed in range(6):
-        part, stands = simulate(CHAIN, RULES[name], 200_000, seed)
+    for seed in range(12):
+        part, stands = simulate(CHAIN, RULES[name], 100_000, seed)
         counts += part
     assert stands > 0.1, "no draft stands, so nothing was tested"
     value, degrees, chance = chi_square(counts, CHAIN.law())

@@ -19,9 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dgemma.kernels import triton_attention, triton_norms, triton_rope, triton_route, triton_vocab
+from dgemma.kernels import triton_attention, triton_experts, triton_norms, triton_rope, triton_route, triton_vocab
+from dgemma.kernels.stacked import MatrixStack, Stacked
 
 HIDDEN, VOCAB, EXPERTS, TOP_K, CANVAS, WINDOW = 2816, 262_144, 128, 8, 256, 1024
+INNER, GROUP = 704, 64
 SHAPES = {"sliding": (16, 8, 256), "full": (16, 2, 512)}
 
 
@@ -97,6 +99,19 @@ def attention(rows: int, dtype: torch.dtype) -> None:
             triton_attention.attention(q, old, old, None, like(rows, 2, dtype=torch.int64))
 
 
+def experts(rows: int, dtype: torch.dtype) -> None:
+    chosen = like(rows, TOP_K, dtype=torch.float32), like(rows, TOP_K, dtype=torch.int64)
+    shapes = (EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER)
+    plain = [like(*shape, dtype=dtype) for shape in shapes]
+    fp8 = [Stacked("fp8", s, like(*s, dtype=torch.float8_e4m3fn), like(*s[:2], dtype=torch.float32)) for s in shapes]
+    int4 = [
+        Stacked("int4", s, like(*s[:2], s[2] // 2, dtype=torch.uint8), *(like(*s[:2], s[2] // GROUP),) * 2, GROUP)
+        for s in shapes
+    ]
+    for gate_up, down in (plain, *([MatrixStack([None] * EXPERTS, one) for one in kind] for kind in (fp8, int4))):
+        triton_experts.experts(like(rows, HIDDEN, dtype=dtype), *chosen, gate_up, down)
+
+
 def vocabulary(rows: int, dtype: torch.dtype) -> None:
     heat, noise = like(rows, dtype=torch.float32), like(rows, VOCAB // 1024, dtype=torch.float64)
     for own in (None, heat):
@@ -110,6 +125,7 @@ def main(types: list[str]) -> None:
         for rows in (1, CANVAS):
             rows_ops(rows, dtype)
             attention(rows, dtype)
+            experts(rows, dtype)
             vocabulary(rows, dtype)
     print(json.dumps(found))
 

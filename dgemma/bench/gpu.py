@@ -174,7 +174,7 @@ class GpuRun:
     def _reference(self, model: DiffusionGemma) -> None:
         """What the reference kernels say of the plain weights: every path is compared with it."""
         self.say("reference kernels, bf16")
-        with gpu_parts.table(self._device, {}):
+        with kernels.use({}):
             torch.save(gpu_parts.observe(model, self._prompt, self._canvas, None), self.folder / OUTPUTS)
 
     def _parts(self, name: str) -> Iterator[tuple[str, Callable[[DiffusionGemma], dict[str, Any]]]]:
@@ -200,7 +200,9 @@ class GpuRun:
             raise DgemmaError("triton is not installed")
         module = import_module("dgemma.kernels.triton_experts")
         candidates = {str(asdict(blocks)): blocks for blocks in _candidates(module, name, self.settings.tiny)}
-        best, times = gpu_parts.try_blocks(model, self._row, candidates, self.settings.width)
+        best, times = gpu_parts.try_blocks(
+            model, self._row, candidates, self.settings.width, 1 if self.settings.tiny else 7
+        )
         return {"ms of a layer": times, "best": asdict(candidates[best])}
 
     def _table(self, name: str) -> dict[str, Callable[..., Any]]:
@@ -211,9 +213,13 @@ class GpuRun:
         module = import_module("dgemma.kernels.triton_experts")
         return {**self._row, "experts": partial(self._row["experts"], blocks=module.Blocks(**best))}
 
+    def _timed(self, name: str) -> dict[str, Callable[..., Any]]:
+        """The row that is timed: interpreted kernels would take minutes, and their times say nothing."""
+        return {} if self.settings.tiny else self._table(name)
+
     def _error(self, name: str, model: DiffusionGemma) -> dict[str, Any]:
         want: dict[str, Tensor] = torch.load(self.folder / OUTPUTS, weights_only=True)
-        with gpu_parts.table(self._device, self._table(name)):
+        with kernels.use(self._table(name)):
             return dict(gpu_parts.compare(gpu_parts.observe(model, self._prompt, self._canvas, want["soft"]), want))
 
     def _work(self, name: str, model: DiffusionGemma) -> dict[str, Any]:
@@ -224,7 +230,7 @@ class GpuRun:
     def _answers(self, name: str, steps: int, model: DiffusionGemma) -> dict[str, Any]:
         s = self.settings
         config = gpu_parts.fixed_config(steps, s.canvases, s.width, s.seed)
-        with gpu_parts.table(self._device, self._table(name)):
+        with kernels.use(self._timed(name)):
             side = Ours(Engine(model, EngineConfig(prefix_cache_tokens=0)))
             found = gpu_parts.time_answers(side, self._prompt, config, s.canvases, s.repeats)
         ceilings = self._ceilings()
@@ -234,7 +240,7 @@ class GpuRun:
     def _watched(self, name: str, model: DiffusionGemma) -> dict[str, Any]:
         s = self.settings
         config = gpu_parts.fixed_config(s.steps[0], 2 if s.tiny else s.canvases, s.width, s.seed)
-        with gpu_parts.table(self._device, self._table(name)):
+        with kernels.use(self._timed(name)):
             found = gpu_parts.watch_parts(model, self._prompt, config, 1 if s.tiny else 3)
         roof = step_roof(s.config, FORMATS[name], self._ceilings(), s.prompt_tokens, s.width)
         return {**found, "roofline of a step": {part: asdict(value) for part, value in roof.items()}}
@@ -243,7 +249,7 @@ class GpuRun:
         s = self.settings
         config = gpu_parts.fixed_config(s.steps[0], 1, s.width, s.seed)
         config = config.with_(mode="ar", temperature=0.0, max_new_tokens=s.tokens)
-        with gpu_parts.table(self._device, self._table(name)):
+        with kernels.use(self._timed(name)):
             found = gpu_parts.time_tokens(model, self._prompt, config, s.repeats)
         one = milliseconds(encode_roof(s.config, FORMATS[name], self._ceilings(), s.prompt_tokens, 1, head=True))
         return {**found, **_share(one, 1000 / found["tokens_per_second"]["median"], 1)}
@@ -293,13 +299,7 @@ def _with_model(measure: Callable[[DiffusionGemma], dict[str, Any]], holder: _Ho
 
 def triton_row() -> dict[str, Callable[..., Any]]:
     """The ops of a CUDA device, wherever they are to run; empty without triton."""
-    found = kernels.TABLE.get("cuda")
-    if found:
-        return dict(found)
-    try:
-        return {"experts": import_module("dgemma.kernels.triton_experts").experts}
-    except ImportError:
-        return {}
+    return dict(kernels.row_of("cuda"))
 
 
 def _candidates(module: Any, name: str, tiny: bool) -> Sequence[Any]:

@@ -5,12 +5,11 @@ Knows nothing of files, order and time limits: those are `gpu`'s.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,30 +18,18 @@ from torch import Tensor
 from dgemma import kernels
 from dgemma.bench.gpu_roof import Ceilings
 from dgemma.bench.machine import synchronise
-from dgemma.bench.parts import ALL_PARTS, Stopwatch, replaced, watching
+from dgemma.bench.parts import ALL_PARTS, Stopwatch, watching
 from dgemma.bench.runs import Ours, Side
 from dgemma.config import EngineConfig, GenerationConfig
 from dgemma.engine import Engine, Request
 from dgemma.engine.runner import Draws, Runner
 from dgemma.errors import DgemmaError
-from dgemma.events import Committed
+from dgemma.events import Committed, Event
 from dgemma.kernels.scaled import E4M3, product
 from dgemma.model import DiffusionGemma
 from dgemma.model.moe import Experts
 
-Table = Mapping[str, Callable[..., Any]]
-"""One backend's row of `kernels.TABLE`."""
 _ENGINE = EngineConfig(prefix_cache_tokens=0)
-
-
-@contextmanager
-def table(device: torch.device, row: Table) -> Iterator[None]:
-    """Ops of this row on the device for a while; what it lacks is the reference's."""
-    with ExitStack() as stack:
-        stack.enter_context(replaced(kernels, "TABLE", {**kernels.TABLE, device.type: row}))
-        if device.type == "cpu":  # the compiled layers of a CPU would go past the table
-            stack.enter_context(replaced(kernels.native, "load", lambda: None))
-        yield
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
@@ -74,11 +61,11 @@ def measure_ceilings(device: torch.device, tiny: bool) -> tuple[Ceilings, dict[s
     return Ceilings(bandwidth=facts["copy"]["bytes_per_second"], rates=rates), facts
 
 
-def _timings(call: Callable[[], object], device: torch.device, inner: int) -> list[float]:
-    """Seconds of one call, seven times the mean of `inner`."""
+def _timings(call: Callable[[], object], device: torch.device, inner: int, count: int = 7) -> list[float]:
+    """Seconds of one call, `count` times the mean of `inner`."""
     call()
     seconds = []
-    for _ in range(7):
+    for _ in range(count):
         synchronise(device)
         begun = time.perf_counter()
         for _ in range(inner):
@@ -138,12 +125,12 @@ def watch_parts(
     """Milliseconds of a step and of an encode pass by part, each waited for; medians of whole canvases."""
     engine = Engine(model, _ENGINE)
     watch = Stopwatch(lambda: synchronise(engine.runner.device))
-    side, laps = Ours(engine), []
-    side.run(prompt, config)
+    laps = []
+    list(_answer(engine, prompt, config))
     with watching(engine, watch):
         for _ in range(repeats):
             before = engine.counters
-            side.run(prompt, config)
+            list(_answer(engine, prompt, config))
             after, lap = engine.counters, watch.lap()
             for name, done in (("denoise", "denoise_passes"), ("encode", "encode_passes")):
                 count = getattr(after, done) - getattr(before, done)
@@ -191,13 +178,12 @@ def time_tokens(model: DiffusionGemma, prompt: Sequence[int], config: Generation
 
 
 def check_work(
-    model: DiffusionGemma, row: Table, prompt: Sequence[int], config: GenerationConfig, canvases: int
+    model: DiffusionGemma, row: kernels.Row, prompt: Sequence[int], config: GenerationConfig, canvases: int
 ) -> dict[str, Any]:
     """That an answer is real work: its canvases change from what they began as, and how many experts a step hits.
 
     The numbers of experts are of every layer, least over the steps.
     """
-    device = model.embed.weight.device
     hits: list[int] = []
     plain = row.get("experts", kernels.reference.experts)
     width = config.canvas_length or 0
@@ -208,10 +194,9 @@ def check_work(
         out: Tensor = plain(x, weights, ids, *more)
         return out
 
-    with table(device, {**row, "experts": counted}):
+    with kernels.use({**row, "experts": counted}):
         engine = Engine(model, _ENGINE)
-        engine.add(Request(prompt=tuple(prompt), config=config, reuse=False))
-        events = list(itertools.chain.from_iterable(_ticks(engine)))
+        events = list(_answer(engine, prompt, config))
     written = [event.tokens for event in events if isinstance(event, Committed)]
     if [len(tokens) for tokens in written] != [width] * canvases or len(set(map(tuple, written))) != canvases:
         raise DgemmaError(f"{len(set(map(tuple, written)))} different canvases of {[len(t) for t in written]} tokens")
@@ -221,13 +206,14 @@ def check_work(
     return {"canvases": len(written), "distinct tokens": distinct, "experts hit, least by layer": by_layer}
 
 
-def _ticks(engine: Engine) -> Iterator[Sequence[Any]]:
+def _answer(engine: Engine, prompt: Sequence[int], config: GenerationConfig) -> Iterator[Event]:
+    engine.add(Request(prompt=tuple(prompt), config=config, reuse=False))
     while engine.has_work:
-        yield engine.tick()
+        yield from engine.tick()
 
 
 def try_blocks(
-    model: DiffusionGemma, row: Table, candidates: Mapping[str, Any], rows: int
+    model: DiffusionGemma, row: kernels.Row, candidates: Mapping[str, Any], rows: int, count: int
 ) -> tuple[str, dict[str, float]]:
     """Milliseconds of a layer's experts under each way to cut them, and the fastest. All layers take turns."""
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
@@ -247,7 +233,7 @@ def try_blocks(
 
     with torch.inference_mode():
         for name, blocks in candidates.items():
-            seconds = _timings(lambda blocks=blocks: sweep(blocks), device, 1)  # type: ignore[misc]
+            seconds = _timings(partial(sweep, blocks), device, 1, count)
             times[name] = 1000 * statistics.median(seconds) / len(stacks)
     return min(times, key=lambda name: times[name]), times
 

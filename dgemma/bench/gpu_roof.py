@@ -91,7 +91,7 @@ def encode_roof(
 def answer_ms(
     config: ModelConfig, name: str | None, ceilings: Ceilings, prompt: int, canvases: int, width: int, steps: int
 ) -> float:
-    """Of canvases one after the other behind an encoded prompt: all steps, and the pass that commits all but the last."""
+    """Of canvases one after the other behind an encoded prompt: all steps, and passes that commit all but the last."""
     total = 0.0
     for canvas in range(canvases):
         prefix = prompt + canvas * width

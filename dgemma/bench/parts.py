@@ -20,6 +20,7 @@ from dgemma.engine import Engine
 from dgemma.engine.attend import DenoiseAttend, EncodeAttend
 from dgemma.engine.batch import CanvasBatch
 from dgemma.kernels.native import Native
+from dgemma.model import device
 from dgemma.model.attention import Attention
 from dgemma.model.backbone import SelfConditioning
 from dgemma.model.block import Block
@@ -56,6 +57,16 @@ METHODS: tuple[tuple[type, str, str], ...] = (
     (Native, "heads", "norms"),  # of q, k and v, with the rotation
     (Native, "middle", "norms"),
     (Native, "close", "norms"),
+)
+# The stack of a device: the products of a layer are its own time, the router's small one too.
+_DEVICE: tuple[tuple[Any, str, str], ...] = (
+    (device.DeviceStack, "condition", "embedding"),
+    (device._Layer, "__call__", "projections"),
+    (device._GatedMLP, "__call__", "mlp"),
+    (kernels, "heads", "norms"),
+    (kernels, "middle", "norms"),
+    (kernels, "choose", "experts"),
+    (kernels, "close", "norms"),
 )
 
 
@@ -114,7 +125,7 @@ def watching(engine: Engine, watch: Stopwatch) -> Iterator[None]:
     with ExitStack() as stack:
         for name in PASSES:
             stack.enter_context(replaced(runner, name, watch.wrap("rest", getattr(runner, name), name)))
-        for owner, name, part in ((engine, "tick", "python"), (kernels, "vocab", "vocabulary"), *METHODS):
+        for owner, name, part in ((engine, "tick", "python"), (kernels, "vocab", "vocabulary"), *METHODS, *_DEVICE):
             stack.enter_context(replaced(owner, name, watch.wrap(part, getattr(owner, name))))
         for module in runner.model.modules():
             for kind, part in _MODULES:

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dgemma.cli.report import Outcome, add_output, telling
+from dgemma.cli.report import Outcome, add_output, deliver, telling
 from dgemma.errors import DgemmaError
 
 NAME = "gpu"
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: argparse.Namespace) -> None:
     if arguments.tiny:
         # Triton looks at this when it is first imported.
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -42,7 +42,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
     settings = tiny_settings(**chosen) if arguments.tiny else GpuSettings(**chosen)
     with telling() as say:
         state = GpuRun(Path(arguments.folder), settings, arguments.seconds, say).run()
-    return Outcome(state, tables(state), status=1 if state["failed"] else 0)
+    deliver(arguments, Outcome(state, tables(state)))
+    if state["failed"]:
+        raise DgemmaError("; ".join(f"{part} failed: {reason}" for part, reason in state["failed"].items()))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

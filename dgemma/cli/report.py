@@ -29,8 +29,6 @@ class Outcome:
     data: Any
     parts: Iterable[RenderableType]
     chart: Callable[[], str] | None = None
-    status: int = 0
-    """Of the process: 1 if some of it failed."""
 
 
 def add_output(parser: argparse.ArgumentParser, plot: bool = False) -> None:

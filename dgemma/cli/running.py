@@ -29,6 +29,7 @@ def load(settings: Settings, engine: EngineConfig | None = None) -> LLM:
             device=settings.device,
             dtype=settings.dtype,
             threads=settings.threads,
+            drafter=settings.drafter,
             engine=engine or EngineConfig(),
         )
 

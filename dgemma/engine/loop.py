@@ -29,9 +29,9 @@ from dgemma.engine.load import Load, Totals
 from dgemma.engine.pace import Costs, Pace
 from dgemma.engine.request import Request, State, max_canvas, validate
 from dgemma.engine.runner import Counters, Runner
-from dgemma.engine.scheduler import parts, plan_denoise, plan_encode
+from dgemma.engine.scheduler import parts, plan_denoise, plan_encode, whole_chunk
 from dgemma.engine.scoring import Scoring, score
-from dgemma.engine.verified import by_draws, judge, propose, settle
+from dgemma.engine.verified import by_draws, catch_up, judge, propose, settle
 from dgemma.errors import CapacityError, ConfigError, RequestError
 from dgemma.events import Committed, Draft, Event, Finished, Scored
 from dgemma.model import DiffusionGemma
@@ -42,6 +42,8 @@ _CANVAS_COST = 3.0  # in autoregressive tokens, where none is configured and not
 
 class Engine:
     """Runs requests on one model. `add` any time; call `tick` while `has_work`.
+
+    `drafter` is another model of the same vocabulary, whose canvases draft in mode verified instead of the model's own.
 
     The weights must not change while `prefixes` holds blocks. A store may be given, to be shared by engines whose
     `identity` (model, revision, adapters: whatever says which weights these are) is the same; without one nothing
@@ -55,9 +57,14 @@ class Engine:
         *,
         prefixes: PrefixStore | None = None,
         identity: str = "",
+        drafter: DiffusionGemma | None = None,
     ) -> None:
         self.config, self.model_config = config, model.config
         self.runner = Runner(model)
+        self.drafter = self.runner if drafter is None else Runner(drafter)
+        sizes = model.config.vocab_size, self.drafter.model.config.vocab_size
+        if sizes[0] != sizes[1]:
+            raise ConfigError(f"a drafter needs the model's vocabulary of {sizes[0]} tokens, got one of {sizes[1]}")
         self.prefixes = prefixes or PrefixStore(config.prefix_cache_tokens, config.block)
         if self.prefixes.block != config.block:
             raise ConfigError(f"the engine needs a prefix store of blocks of {config.block}, got {self.prefixes.block}")
@@ -79,7 +86,7 @@ class Engine:
         """Queue a request; its id marks its events. `RequestError` if model or `kv_bytes` can never do it, else
         `CapacityError` if the engine is full. May be called from another thread while one ticks.
         """
-        validate(request, self.model_config)
+        validate(request, self.model_config, self.drafter.model.config)
         needed, limit = self.kv_bytes(request), self.config.kv_bytes
         if limit and needed > limit:
             raise RequestError(
@@ -118,7 +125,8 @@ class Engine:
     @property
     def counters(self) -> Counters:
         """Forward passes so far."""
-        return self.runner.counters
+        own = self.runner.counters
+        return own if self.drafter is self.runner else own.plus(self.drafter.counters)
 
     @property
     def prefix_counters(self) -> PrefixCounters:
@@ -149,16 +157,24 @@ class Engine:
 
     def kv_bytes(self, request: Request) -> int:
         """Bytes of keys and values that a request may need at most: its prompt and its whole budget."""
-        return kv_bytes(self.model_config, self.runner.dtype, self._slack, _most_tokens(request))
+        return sum(
+            kv_bytes(runner.model.config, runner.dtype, self._slack, _most_tokens(request))
+            for runner in self._runners(request)
+        )
 
-    def new_cache(self, most: int | None = None) -> KVCache:
-        """An empty cache for this model and, if given, at `most` that many tokens."""
-        return KVCache(self.model_config, self.runner.device, self.runner.dtype, self._slack, most)
+    def _runners(self, request: Request) -> set[Runner]:
+        """Who keeps keys and values for a request."""
+        return {self.runner, self.drafter} if request.config.mode == "verified" else {self.runner}
+
+    def new_cache(self, most: int | None = None, runner: Runner | None = None) -> KVCache:
+        """An empty cache for the engine's model (or that of `runner`) and, if given, at `most` that many tokens."""
+        own = runner or self.runner
+        return KVCache(own.model.config, own.device, own.dtype, self._slack, most)
 
     @property
     def _slack(self) -> int:
         """Covers the widest canvas and the longest chunk."""
-        return max(self.config.encode_chunk, max_canvas(self.model_config))
+        return max(self.config.encode_chunk, max_canvas(self.model_config), max_canvas(self.drafter.model.config))
 
     def _fits(self, request: Request) -> bool:
         """Whether memory allows it now. Later ones wait behind it, or a large request would never get its turn."""
@@ -190,6 +206,8 @@ class Engine:
             # Drawn drafts shape the answer, which may depend neither on others nor on a clock.
             alone = by_draws(request.config)
             state.drafting = Drafting(Pace(Costs(self.config.canvas_cost or _CANVAS_COST)) if alone else self._pace)
+            if self.drafter is not self.runner:
+                state.draft_cache = self.new_cache(_most_tokens(request), self.drafter)
         self._running[number] = state
         self._kv_reserved += size
         self._totals.admit(len(request.prompt))
@@ -237,11 +255,11 @@ class Engine:
     def _extend(self, states: Sequence[State], last: Sequence[Tensor]) -> list[Event]:
         """What the encoder writes next, from the hidden states `[n + 1, H]` of a last token and n drafted ones."""
         events: list[Event] = []
-        for state, verdict in zip(states, judge(self.runner, states, last), strict=True):
+        for state, verdict in zip(states, judge(self.runner, self.drafter, states, last), strict=True):
             number, asked, proposal = state.commits, state.request.logprobs, state.drafting and state.drafting.proposal
             steps, stop = (proposal.steps, proposal.stop) if proposal else (0, "ar")
             committed = self._commit(state, number, verdict.tokens, steps, stop)
-            settle(state, committed.tokens, self.model_config, len(self._running))
+            settle(state, committed.tokens, self.drafter.model.config, len(self._running))
             events.append(committed)
             if asked is not None:
                 logits = torch.cat(verdict.logits)[: len(committed.tokens)]
@@ -255,16 +273,23 @@ class Engine:
         if not states:
             return []
         self._totals.denoise_rows += len(states)
+        others = [state for state in states if state.draft_cache is not None]
+        catch_up(self.drafter, others, whole_chunk(self.config))
+        rest = [state for state in states if state.draft_cache is None]
+        return (self._step(self.runner, rest) if rest else []) + (self._step(self.drafter, others) if others else [])
+
+    def _step(self, runner: Runner, states: Sequence[State]) -> list[Event]:
+        """A step of the canvases of `states`, all by the same model."""
         for state in states:
             state.turn = next(self._turn)
             if state.canvas is None:
-                state.start_canvas(self.model_config, self.runner.device)
+                state.start_canvas(runner.model.config, runner.device)
         batch = CanvasBatch(states, self.model_config.vocab_size, self.runner.device)
         jobs = [
-            (state.cache.before(len(state.ids) - canvas.lead), canvas.ids)
+            ((state.draft_cache or state.cache).before(len(state.ids) - canvas.lead), canvas.ids)
             for state, canvas in zip(states, batch.canvases, strict=True)
         ]
-        out = self.runner.denoise(jobs, [canvas.soft for canvas in batch.canvases], batch.draws())
+        out = runner.denoise(jobs, [canvas.soft for canvas in batch.canvases], batch.draws())
         stats, steps, stable = batch.finish(out)
         hidden = out.hidden.split(batch.widths)
         events: list[Event] = []
@@ -291,7 +316,7 @@ class Engine:
             return []
         taken = state.config.max_denoising_steps - canvas.step
         if state.drafting:
-            propose(state, canvas, stats.argmax[row], hidden, taken, "stable" if stable else "cap", self.runner)
+            propose(state, canvas, stats.argmax[row], hidden, taken, "stable" if stable else "cap", self.drafter)
             return []
         # HF commits the argmax; JAX commits the sampled and renoised canvas.
         final = argmax = stats.argmax[row, : canvas.width]

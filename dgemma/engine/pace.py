@@ -152,14 +152,16 @@ class Pace:
         return None if best is None else Plan(best[0], config.with_(max_denoising_steps=best[1]))
 
     def learn(self, plan: Plan | None, own: Tallies, tested: int, accepted: int, steps: int, company: int) -> None:
-        """What came of a draft, or (None) that one token was written without."""
+        """What came of a draft, or (None) that one token was written without. Whoever wants a draft at any price (pace
+        "fixed") runs up no debt."""
         cost = 1.0 if plan is None else self._cost(plan.option, steps, company)
         self._all.clock += cost / company
         own.clock += cost
         if plan is not None:
             self._all.add(plan.key, tested, accepted, steps)
             own.add(plan.key, tested, accepted, steps)
-        self._balance = min(_MOST, self._balance + (accepted + 1) / _LEAST - cost)
+        if plan is None or plan.config.verify_pace == "adaptive":
+            self._balance = min(_MOST, self._balance + (accepted + 1) / _LEAST - cost)
 
     def acceptance(self, key: tuple[int, int], own: Tallies) -> float:
         """Of a token whose predecessors in the draft were accepted."""

@@ -132,6 +132,8 @@ class State:
     """`Committed` events so far."""
     drafting: Drafting | None = None
     """Only in mode verified."""
+    draft_cache: KVCache | None = None
+    """That of the drafter, if it is another model."""
     control: Control = field(init=False)
     """What is demanded of the answer by now: the request's own, and what its hook added."""
 
@@ -248,8 +250,8 @@ def max_canvas(model: ModelConfig) -> int:
     return model.canvas_positions or max(model.canvas_length, _WIDEST_REFERENCE_CANVAS)
 
 
-def validate(request: Request, model: ModelConfig) -> None:
-    """A `RequestError` for whatever this model cannot do."""
+def validate(request: Request, model: ModelConfig, drafter: ModelConfig | None = None) -> None:
+    """A `RequestError` for whatever this model cannot do, or in mode verified the `drafter`, if that is another one."""
     prompt, config = request.prompt, request.config
     if not prompt:
         raise RequestError("the prompt is empty; it needs at least 1 token")
@@ -273,8 +275,9 @@ def validate(request: Request, model: ModelConfig) -> None:
         get_sampler(config.sampler)
         budget = _positions(config, model)
     if config.mode == "verified":
-        widest = max_canvas(model)
-        if widths(config, model)[-1] > widest:
+        drafter = drafter or model
+        widest = max_canvas(drafter)
+        if widths(config, drafter)[-1] > widest:
             raise RequestError(f"canvas_length must be at most {widest} for this model, got {config.canvas_length}")
         get_sampler(config.sampler)
     if len(prompt) + budget > model.max_positions:

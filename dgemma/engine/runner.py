@@ -28,6 +28,9 @@ class Counters:
     encoded_tokens: int = 0
     denoised_tokens: int = 0
 
+    def plus(self, other: Counters) -> Counters:
+        return Counters(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
 
 Predict = Callable[..., kernels.VocabStats]
 """Takes what `kernels.vocab` takes."""

@@ -58,13 +58,28 @@ def propose(
     drafting.proposal = Proposal(tuple(tokens), steps, stop, hidden[part].clone(), canvas.bias)
 
 
+def catch_up(drafter: Runner, states: Sequence[State], most: int) -> None:
+    """Encode what was committed and the drafter, a model of its own, has not read: all but what its canvas shows."""
+    while True:
+        jobs = []
+        for state in states:
+            cache, lead = state.draft_cache, state.drafting.lead if state.drafting else 0
+            assert cache is not None
+            if cache.length < len(state.ids) - lead:
+                state.encode_passes += cache.length >= len(state.request.prompt)
+                jobs.append((cache, state.ids[cache.length : len(state.ids) - lead][:most]))
+        if not jobs:
+            return
+        drafter.encode(jobs)
+
+
 def by_draws(config: GenerationConfig) -> bool:
     """Whether drafts are draws, and not the likeliest tokens (which draws are at temperature 0)."""
     return config.mode == "verified" and config.verify_draft == "sample" and config.temperature > 0
 
 
 @torch.inference_mode()
-def judge(runner: Runner, states: Sequence[State], hidden: Sequence[Tensor]) -> list[Verdict]:
+def judge(runner: Runner, drafter: Runner, states: Sequence[State], hidden: Sequence[Tensor]) -> list[Verdict]:
     """What each request's pass makes of its draft of n tokens; `hidden [n + 1, H]` from its last committed token on."""
     verdicts = [Verdict() for _ in states]
     # Few rows at a time: behind a token that does not stand, no law is needed.
@@ -86,7 +101,7 @@ def judge(runner: Runner, states: Sequence[State], hidden: Sequence[Tensor]) -> 
             accepted, token = judge_points(torch.tensor(drawn[at]), draft)
             verdicts[at].tokens = [*state.drafted[: int(accepted)], int(token)]
         else:
-            verdicts[at] = _by_draws(runner, state, hidden[at])
+            verdicts[at] = _by_draws(runner, drafter, state, hidden[at])
     return verdicts
 
 
@@ -125,14 +140,14 @@ def _counts(state: State, drafted: int) -> Counter[int]:
     return state.counts + Counter(state.drafted[:drafted])
 
 
-def _by_draws(runner: Runner, state: State, hidden: Tensor) -> Verdict:
+def _by_draws(runner: Runner, drafter: Runner, state: State, hidden: Tensor) -> Verdict:
     drafting, config, vocab = state.drafting, state.config, runner.model.config.vocab_size
     assert drafting is not None and drafting.proposal is not None and drafting.proposal.hidden is not None
     proposal, count = drafting.proposal, len(state.drafted)
     raw = torch.cat([runner.logits(rows) for rows in hidden.split(_ROWS)])
     p = laws(with_biases(raw, [config] * (count + 1), [_counts(state, row) for row in range(count + 1)]), config)
     assert proposal.hidden is not None
-    q = torch.cat([_drafted_laws(runner, rows, proposal.bias, config) for rows in proposal.hidden.split(_ROWS)])
+    q = torch.cat([_drafted_laws(drafter, rows, proposal.bias, config) for rows in proposal.hidden.split(_ROWS)])
     positions = torch.arange(len(state.ids), len(state.ids) + count + 1, device=hidden.device)
     accept = uniform(Stream.VERIFY, config.seed, config.choice, 0, 0, positions[:-1], 0)
     other = _uniforms(Stream.VERIFY, config, vocab, positions, 0, 1)

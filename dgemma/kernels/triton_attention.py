@@ -34,13 +34,13 @@ class Blocks:
 
 
 def blocks_of(dim: int, dtype: torch.dtype) -> Blocks:
-    """Not tuned on a device; what fits the 227 KiB of an H100 (`tests/test_triton_compile.py`)."""
+    """Not tuned on a device; what fits shared memory and registers of an H100 (`tests/test_triton_compile.py`)."""
     wide = dtype is torch.float32
     if dim <= 128:
         return Blocks(rows=32, keys=32) if wide else Blocks(rows=64, keys=64)
     if dim <= 256:
-        return Blocks(rows=32, keys=32) if wide else Blocks(rows=64, keys=64, warps=8)
-    return Blocks(rows=16, keys=16, warps=8) if wide else Blocks(rows=64, keys=32, warps=8)
+        return Blocks(rows=32, keys=32) if wide else Blocks(rows=64, keys=32, warps=8)
+    return Blocks(rows=16, keys=16, warps=8) if wide else Blocks(rows=32, keys=32, warps=8)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans: Tensor | None = None) -> Tensor:

@@ -71,7 +71,9 @@ def experts(
     out = x.new_empty(tokens, size)
     if not tokens:
         return out
-    blocks = blocks or DEFAULT_BLOCKS[first.kind]
+    if blocks is None:
+        wide = x.dtype is torch.float32 and first.kind != "fp8"
+        blocks = _FLOAT32 if wide else DEFAULT_BLOCKS[first.kind]
     ids, weights = ids.contiguous(), weights.contiguous()
     slots = tokens * top_k
     order = torch.empty(slots, dtype=torch.int32, device=x.device)
@@ -86,6 +88,8 @@ def experts(
 
 
 _ADDED = 1024
+_FLOAT32 = Blocks(rows=16, outputs=32, inputs=32, stages=3)
+"""Products without tensor cores keep more in registers."""
 
 
 def _multiply(
@@ -258,7 +262,9 @@ def _add(total, given, codes, outputs, at, WIDTH: tl.constexpr, INPUTS: tl.const
     values = tl.load(codes + outputs[:, None] * WIDTH + inputs[None, :], mask=(inputs < WIDTH)[None, :], other=0.0)
     if WIDE:
         values = values.to(tl.float32)
-    return tl.dot(values, given, total, input_precision="ieee")
+    # Hopper adds e4m3 products in fewer bits than float32 has: carry them over after every 128 inputs at the latest.
+    exact: tl.constexpr = 128 if INPUTS > 128 else INPUTS
+    return tl.dot(values, given, total, input_precision="ieee", max_num_imprecise_acc=exact)
 
 
 @triton.jit

@@ -49,12 +49,12 @@ class Blocks:
     chunk: int = 32 * DRAW_BLOCK
     shares: int = 4
     most: int = 512
-    warps: int = 4
+    warps: int = 8
     stages: int = 3
 
 
 def blocks_of(dtype: torch.dtype) -> Blocks:
-    """Not tuned on a device; what fits an H100 (`tests/test_triton_compile.py`)."""
+    """Not tuned on a device; what fits shared memory and registers of an H100 (`tests/test_triton_compile.py`)."""
     return Blocks(inputs=32, columns=64) if dtype is torch.float32 else Blocks()
 
 
@@ -124,7 +124,7 @@ def _rows(
     row_blocks = triton.cdiv(rows, blocks.rows)
     for number in range(chunks):
         first = number * chunk // TILE
-        there = min(chunk // TILE, tiles - first)
+        there = min(chunk // TILE, triton.cdiv(vocab, TILE) - first)
         _score[(row_blocks, there)](
             hidden, embed, heat, heat if own is None else own, probs, tile_stats, firsts,
             rows, vocab, size, *strides, cap, first, tiles, chunk,
@@ -261,7 +261,7 @@ def _finish(
     """One row: join its tiles `[draw block, tile of the block]` in float64, draw, and say what there is to say."""
     row = tl.program_id(0).to(tl.int64)
     block, tile = tl.arange(0, DRAWS), tl.arange(0, TILES)
-    there = (block < draws)[:, None] & (tile >= 0)[None, :]
+    there = block[:, None] * TILES + tile[None, :] < tl.cdiv(vocab, TILE)
     behind = tl.cast(rows, tl.int64) * draws * TILES
     place = row * draws * TILES + block[:, None] * TILES + tile[None, :]
     tops = tl.load(tile_stats + place, mask=there, other=float("-inf"))

@@ -56,7 +56,13 @@ class Answerer:
 
     @staticmethod
     def load(settings: Settings, rows: int) -> Answerer:
-        llm = LLM.load(settings.model, device=settings.device, dtype=settings.dtype, threads=settings.threads)
+        llm = LLM.load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            drafter=settings.drafter,
+        )
         llm.generation = llm.generation.with_(**settings.of_requests)
         return Answerer(llm, int(settings.generation.get("seed", llm.generation.seed)), rows)
 

@@ -30,7 +30,12 @@ def build_app(settings: Settings, config: ServerConfig, engine: EngineConfig) ->
 
     to_stderr()
     llm = LLM.load(
-        settings.model, device=settings.device, dtype=settings.dtype, threads=settings.threads, engine=engine
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        engine=engine,
+        drafter=settings.drafter,
     )
     llm.generation = llm.generation.with_(**settings.of_requests)
     return create_app(llm, config)

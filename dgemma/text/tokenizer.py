@@ -42,6 +42,10 @@ class Tokenizer:
         self._anchor: list[int] = fast.encode("a", add_special_tokens=False).ids[:1]
         self._anchor_text = self._decode(self._anchor, False)
 
+    def alike(self, other: Tokenizer) -> bool:
+        """Whether ids stand for the same tokens."""
+        return self._fast.get_vocab() == other._fast.get_vocab()
+
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
         """Read `tokenizer.json` and, if present, `tokenizer_config.json` of a checkpoint folder."""
