@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -41,16 +42,17 @@ def counted(calls: Counter[str]) -> Mapping[str, Any]:
     return {op: counting(op) for op in ROW}
 
 
-@pytest.fixture
-def no_fall_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every op of the reference that has a kernel fails when called."""
-    for op in set(ROW) - {"linear", "softcap"}:
+@contextmanager
+def no_fall_back(row: Mapping[str, Any] = ROW) -> Iterator[None]:
+    """The row serves, and every op of the reference that has a kernel fails when called."""
+    with pytest.MonkeyPatch.context() as patch, kernels.use(row):
+        for op in set(ROW) - {"linear", "softcap"}:
 
-        def fail(*args: Any, op: str = op, **kwargs: Any) -> Any:
-            raise AssertionError(f"reference.{op} was called")
+            def fail(*args: Any, op: str = op, **kwargs: Any) -> Any:
+                raise AssertionError(f"reference.{op} was called")
 
-        monkeypatch.setattr(reference, op, fail)
-    yield
+            patch.setattr(reference, op, fail)
+        yield
 
 
 def twins(**changes: Any) -> tuple[DiffusionGemma, DiffusionGemma]:
@@ -74,12 +76,10 @@ def by_reference() -> dict[int, list[Any]]:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_generate_equals_the_reference_with_no_fall_back(
-    length: int, by_reference: dict[int, list[Any]], no_fall_back: None
-) -> None:
+def test_generate_equals_the_reference_with_no_fall_back(length: int, by_reference: dict[int, list[Any]]) -> None:
     calls: Counter[str] = Counter()
     model = twins()[0]
-    with kernels.use(counted(calls)):
+    with no_fall_back(counted(calls)):
         events = run(Engine(model, NO_REUSE), [request(length, **CALM)])
     assert tokens(events) == tokens(by_reference[length]) and tokens(events)
     assert [type(event) for event in events] == [type(event) for event in by_reference[length]], "the same steps"
@@ -90,11 +90,11 @@ def test_generate_equals_the_reference_with_no_fall_back(
     assert calls["vocab"] == calls["canvas_attention"] // layers, "one a step"
 
 
-def test_several_requests_at_once_equal_the_reference(no_fall_back: None) -> None:
+def test_several_requests_at_once_equal_the_reference() -> None:
     """Prompts of unlike lengths, a temperature and a top-k of their own; with prefix reuse."""
     items = [request(4, **CALM), request(9, **(CALM | {"temperature": 0.5})), request(2, **(CALM | {"top_k": 3}))]
     ours, theirs = twins()
-    with kernels.use(ROW):
+    with no_fall_back():
         got = run(Engine(ours), items)
     with kernels.use(REAL):
         expected = run(Engine(theirs), items)
@@ -102,9 +102,9 @@ def test_several_requests_at_once_equal_the_reference(no_fall_back: None) -> Non
         assert tokens(got, number) == tokens(expected, number)
 
 
-def test_a_model_without_experts(no_fall_back: None) -> None:
+def test_a_model_without_experts() -> None:
     ours, theirs = twins(num_experts=0, top_k_experts=0, expert_size=0)
-    with kernels.use(ROW):
+    with no_fall_back():
         got = run(Engine(ours, NO_REUSE), [request(7, **CALM)])
     with kernels.use(REAL):
         expected = run(Engine(theirs, NO_REUSE), [request(7, **CALM)])
@@ -133,10 +133,10 @@ def test_the_stack_equals_the_plain_layers(dtype: torch.dtype) -> None:
         assert float((ours - theirs).abs().max()) < bound
 
 
-def test_the_plain_layers_run_through_the_row_too(no_fall_back: None) -> None:
+def test_the_plain_layers_run_through_the_row_too() -> None:
     model, ids = twins()[0], torch.arange(3, 12, device=DEVICE)
     calls: Counter[str] = Counter()
-    with torch.inference_mode(), kernels.use(counted(calls)):
+    with torch.inference_mode(), no_fall_back(counted(calls)):
         model.encode(ids, torch.arange(9, device=DEVICE), lambda layer, q, k, v: kernels.attention(q, k, v))
     assert {"rms_norm", "rope", "gelu", "route", "experts", "attention"} <= set(calls)
 
