@@ -20,7 +20,7 @@ from dgemma.config import EngineConfig, GenerationConfig, ModelConfig
 from dgemma.control import Control, Hook
 from dgemma.control.decide import Question, opened, prepare
 from dgemma.control.decision import Calibration, Decision
-from dgemma.control.languages import LANGUAGES, Compiler
+from dgemma.control.language.languages import LANGUAGES, Compiler
 from dgemma.engine import Engine, Request, Worker, token_logprobs, validate
 from dgemma.engine.deciding import decide
 from dgemma.engine.filler import Edited, Filler

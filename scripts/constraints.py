@@ -25,8 +25,8 @@ import torch
 
 from dgemma.api import LLM
 from dgemma.control import Control
-from dgemma.control.json_schema import schema_regex
-from dgemma.control.machine import Machine
+from dgemma.control.language.json_schema import schema_regex
+from dgemma.control.language.machine import Machine
 from dgemma.errors import RequestError
 from dgemma.train.stories import make_story
 
@@ -240,10 +240,10 @@ def extraction(run: Run, cases: int, say: Callable[[str], None]) -> dict[str, An
 
 def compile_times(llm: LLM) -> Iterator[dict[str, Any]]:
     """Seconds to compile for the model's vocabulary and for a synthetic one of 262,144 tokens."""
-    from dgemma.control.automaton import compile_tokens
-    from dgemma.control.languages import expression
-    from dgemma.control.regex import compile_regex
-    from dgemma.control.vocabulary import Vocabulary
+    from dgemma.control.language.automaton import compile_tokens
+    from dgemma.control.language.languages import expression
+    from dgemma.control.language.regex import compile_regex
+    from dgemma.control.language.vocabulary import Vocabulary
 
     chance = random.Random(0)
     alphabet = 'abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,":{}[]\né€'

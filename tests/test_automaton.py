@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from text_kit import byte_fallback, byte_level, config_json
 
 from dgemma.config import GenerationConfig
-from dgemma.control.automaton import TokenEdges, compile_tokens
-from dgemma.control.grammar import grammar_regex
-from dgemma.control.json_schema import json_object_regex, schema_regex
-from dgemma.control.languages import Compiler, expression
-from dgemma.control.machine import Machine
-from dgemma.control.regex import compile_regex
-from dgemma.control.vocabulary import Vocabulary
+from dgemma.control.language.automaton import TokenEdges, compile_tokens
+from dgemma.control.language.grammar import grammar_regex
+from dgemma.control.language.json_schema import json_object_regex, schema_regex
+from dgemma.control.language.languages import Compiler, expression
+from dgemma.control.language.machine import Machine
+from dgemma.control.language.regex import compile_regex
+from dgemma.control.language.vocabulary import Vocabulary
 from dgemma.errors import RequestError
 from dgemma.text.tokenizer import Tokenizer, special_names
 
@@ -152,7 +152,7 @@ PATTERNS = st.recursive(
 @given(pattern=PATTERNS, seed=st.integers(0, 2**32 - 1))
 def test_a_solved_path_of_any_expression_matches(pattern: str, seed: int) -> None:
     """Random expressions, random probabilities: both the most likely path and the draw are texts that match."""
-    from dgemma.control.solve import solve
+    from dgemma.control.language.solve import solve
 
     try:
         machine = Machine.of(compile_tokens(compile_regex(pattern), SMALL), [0], 0)

@@ -11,10 +11,10 @@ import torch
 from engine_kit import CANVAS, VOCAB, config, end, of, prompt, run, tiny_model, tokens
 
 from dgemma.control import Control
-from dgemma.control.automaton import compile_tokens
-from dgemma.control.machine import Machine
-from dgemma.control.regex import compile_regex
-from dgemma.control.vocabulary import Vocabulary
+from dgemma.control.language.automaton import compile_tokens
+from dgemma.control.language.machine import Machine
+from dgemma.control.language.regex import compile_regex
+from dgemma.control.language.vocabulary import Vocabulary
 from dgemma.engine import Engine, Request
 from dgemma.errors import RequestError
 from dgemma.events import Committed, Draft

@@ -10,8 +10,8 @@ import pytest
 import torch
 from chance import SURE, fits
 
-from dgemma.control.automaton import TokenEdges, trim
-from dgemma.control.solve import Arcs, Posterior, solve
+from dgemma.control.language.automaton import TokenEdges, trim
+from dgemma.control.language.solve import Arcs, Posterior, solve
 from dgemma.errors import RequestError
 
 TOKENS = 5

@@ -9,7 +9,7 @@ import asyncio
 from typing import Any
 
 from dgemma.api import LLM
-from dgemma.control.languages import ANY_OBJECT, expression
+from dgemma.control.language.languages import ANY_OBJECT, expression
 from dgemma.errors import RequestError
 from dgemma.server.errors import invalid
 from dgemma.server.schemas import Penalised, Sampling

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma.control.vocabulary import Ints
+from dgemma.control.language.vocabulary import Ints
 
 Floats = NDArray[np.float64]
 _AT_ONCE = 1 << 22  # entries of a positions x members table

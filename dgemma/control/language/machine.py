@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from dgemma.config import GenerationConfig
-from dgemma.control.automaton import TokenEdges, trim
+from dgemma.control.language.automaton import TokenEdges, trim
+from dgemma.control.language.solve import Arcs, solve
+from dgemma.control.language.vocabulary import Ints
 from dgemma.control.protocol import Ask, Solved, TokenClasses
-from dgemma.control.solve import Arcs, solve
-from dgemma.control.vocabulary import Ints
 from dgemma.errors import RequestError
 
 

@@ -13,13 +13,13 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from dgemma.config import GenerationConfig
-from dgemma.control.automaton import TokenEdges, compile_tokens
-from dgemma.control.grammar import grammar_regex
-from dgemma.control.json_schema import json_object_regex, schema_regex
-from dgemma.control.json_text import literal
-from dgemma.control.machine import Machine
-from dgemma.control.regex import compile_regex
-from dgemma.control.vocabulary import Vocabulary
+from dgemma.control.language.automaton import TokenEdges, compile_tokens
+from dgemma.control.language.grammar import grammar_regex
+from dgemma.control.language.json_schema import json_object_regex, schema_regex
+from dgemma.control.language.json_text import literal
+from dgemma.control.language.machine import Machine
+from dgemma.control.language.regex import compile_regex
+from dgemma.control.language.vocabulary import Vocabulary
 from dgemma.errors import RequestError
 
 _K = TypeVar("_K")

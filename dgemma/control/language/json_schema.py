@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgemma.control.json_merge import ANNOTATIONS, apart, kinds_of, merged
-from dgemma.control.json_text import CHARACTER, number, pattern, repeat, string, union, value, whole
+from dgemma.control.language.json_merge import ANNOTATIONS, apart, kinds_of, merged
+from dgemma.control.language.json_text import CHARACTER, number, pattern, repeat, string, union, value, whole
 from dgemma.errors import RequestError
 
 DEPTH = 3

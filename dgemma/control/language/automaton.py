@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dgemma.control.regex import ByteAutomaton
-from dgemma.control.vocabulary import Ints, Vocabulary
+from dgemma.control.language.regex import ByteAutomaton
+from dgemma.control.language.vocabulary import Ints, Vocabulary
 from dgemma.errors import RequestError
 
 MOST_STATES = 20_000

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from dgemma.control.json_text import literal, union
+from dgemma.control.language.json_text import literal, union
 from dgemma.errors import RequestError
 
 DEPTH = 4
