@@ -31,11 +31,15 @@ from dgemma.eval.speculation import FAULTS, RULES, Chain, chi_square, simulate  
 from dgemma.events import Committed, Finished  # noqa: E402
 from dgemma.train.stories.tell import make_story  # noqa: E402
 from dgemma.train.sudoku.examples import prompt_ids  # noqa: E402
+from dgemma.train.sudoku.puzzles import add_givens  # noqa: E402
 
 CANVAS = 3.0
 """Autoregressive tokens that a forward pass over a canvas costs on an H100, by arithmetic (docs/verified.md)."""
 STEPS = (1, 2, 4, 8, 16)
 GREEDY: dict[str, Any] = {"temperature": 0.0}
+FULLER = {"65": 65, "55": 55}
+GRADES = (*FULLER, "36-46", "26-32")
+"""Givens of the puzzles."""
 Save = Callable[[], None]
 
 
@@ -44,13 +48,14 @@ def prompts(count: int) -> list[str]:
     return [" ".join(make_story(90_000 + seed).text.split()[: 4 + seed % 8]) for seed in range(count)]
 
 
-def puzzles(folder: Path, count: int) -> list[tuple[str, list[int]]]:
-    """Held-out puzzles of the easy and the middle set, in turn."""
+def puzzles(folder: Path, grade: str, count: int) -> list[list[int]]:
+    """Held-out puzzles of a grade; those with more givens than any set has are made of the easiest one."""
     found = []
-    for row in range(count):
-        name = ("36-46", "26-32")[row % 2]
-        with np.load(folder / f"{name}.npz") as file:
-            found.append((name, prompt_ids(file["puzzles"][row])))
+    with np.load(folder / f"{'36-46' if grade in FULLER else grade}.npz") as file:
+        for row, (puzzle, solution) in enumerate(zip(file["puzzles"][:count], file["solutions"][:count], strict=True)):
+            rng = np.random.default_rng((7, row))
+            more = add_givens(puzzle, solution, FULLER[grade], rng) if grade in FULLER else puzzle
+            found.append(prompt_ids(more))
     return found
 
 
@@ -181,11 +186,10 @@ def text_table(into: dict[str, Any], count: int, tokens: int, save: Save) -> Non
 def sudoku_table(into: dict[str, Any], model: str, folder: Path, count: int, save: Save) -> None:
     """Whole grids from their puzzles, one answer of 81 tokens each."""
     llm = LLM.load(model, threads=1, engine=EngineConfig(canvas_cost=CANVAS))
-    for name in ("36-46", "26-32"):
+    for name in GRADES:
         if name not in into:
             print(f"sudoku, {name} givens")
-            asked = [ids for grade, ids in puzzles(folder, 2 * count) if grade == name]
-            into[name] = table(llm, asked, max_new_tokens=81, **GREEDY)
+            into[name] = table(llm, puzzles(folder, name, count), max_new_tokens=81, **GREEDY)
             save()
 
 
@@ -196,8 +200,9 @@ def timed(into: dict[str, Any], model: str | None, folder: Path, count: int, tok
         ("text, drawn", "default", prompts(count), {"max_new_tokens": tokens, "temperature": 1.0}),
     ]
     if model is not None:
-        boards = [ids for _, ids in puzzles(folder, count)]
-        jobs.append(("sudoku", model, boards, {"max_new_tokens": 81, "steps": STEPS[-1], **GREEDY}))
+        for grade in GRADES:
+            options = {"max_new_tokens": 81, "steps": STEPS[-1], **GREEDY}
+            jobs.append((f"sudoku, {grade} givens", model, puzzles(folder, grade, count), options))
     for name, which, asked, options in jobs:
         llm = LLM.load(which, threads=1, engine=EngineConfig(prefix_cache_tokens=0))
         for mode in ("ar", "verified"):
