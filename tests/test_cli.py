@@ -203,7 +203,7 @@ def test_chat_says_that_a_model_is_a_demo(
 def test_version_and_help() -> None:
     assert dgemma("--version").stdout.decode() == f"dgemma {package.__version__}\n"
     told = dgemma("--help").stdout.decode()
-    assert all(f"    {command.NAME} " in told and command.HELP in told for command in COMMANDS)
+    assert all(f"    {command.NAME}" in told and command.HELP in told for command in COMMANDS)
 
 
 def test_help_does_not_import_torch() -> None:

@@ -45,7 +45,7 @@ EARLY: dict[str, tuple[list[str | bytes], bytes, str]] = {
     "no number": (["generate", "x", "--steps", "many"], b"", "--steps: steps must be a whole number, got 'many'"),
     "unknown flag": (["generate", "x", "--stpes", "3"], b"", "unrecognized arguments: --stpes 3 (see dgemma --help)"),
     "abbreviated flag": (["generate", "x", "--max", "3"], b"", "unrecognized arguments: --max 3"),
-    "unknown mode": (["generate", "x", "--mode", "fast"], b"", "must be one of diffusion, ar, got 'fast'"),
+    "unknown mode": (["generate", "x", "--mode", "fast"], b"", "must be one of diffusion, ar, verified, got 'fast'"),
     "no command": ([], b"", "the following arguments are required: COMMAND"),
     "unknown command": (["sing"], b"", "invalid choice: 'sing'"),
     "bytes in a pipe": (["generate"], b"caf\xe9 au lait", "standard input is not UTF-8: byte 0xe9 at offset 3"),

@@ -188,6 +188,7 @@ def test_escape_stops_an_answer(reader: Callable[..., Reader]) -> None:
 CHANGED = {
     "max_tokens": 40, "temperature": 0.5, "top_p": 0.9, "top_k": 50, "seed": 5,
     "mode": "ar", "steps": 9, "canvas_length": 32, "narrow": "never",
+    "verify_pace": "fixed", "verify_draft": "sample",
     "sampler": "confidence", "accept_confidence": 0.7, "t_max": 0.9, "t_min": 0.3,
     "stability_threshold": 2, "confidence_threshold": None, "convention": "jax", "trace": True,
 }  # fmt: skip

@@ -110,4 +110,4 @@ def test_every_bit_is_fair() -> None:
 
 
 def test_streams_have_different_numbers() -> None:
-    assert len({int(stream) for stream in Stream}) == len(Stream) == 5
+    assert len({int(stream) for stream in Stream}) == len(Stream) == 8

@@ -1,1 +1,1 @@
-"""Which texts an answer may be: from schema, expression, list or grammar to an automaton over tokens, and its solver."""
+"""Which texts an answer may be: a schema, expression, list or grammar as an automaton over tokens, and its solver."""

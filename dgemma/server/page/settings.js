@@ -19,6 +19,9 @@ const GROUPS = [
   ["Canvas", [
     { name: "mode", label: "Mode", options: ["diffusion", "ar", "verified"],
       help: "Whole canvases, token by token, or token by token with canvases as drafts." },
+    { name: "verify_pace", label: "Drafts, mode verified", options: ["adaptive", "fixed"], help: "As they pay, or always." },
+    { name: "verify_draft", label: "What they propose", options: ["argmax", "sample"],
+      help: "The likeliest tokens, or tokens drawn from the canvas. The answer's law is the same." },
     { name: "steps", label: "Most steps a canvas", min: 1, step: 1, help: "Denoising steps after which a canvas is committed as it is." },
     { name: "canvas_length", label: "Positions a canvas", min: 1, step: 1, none: "default", help: "A width that the model was not trained at is approximate." },
     { name: "narrow", label: "Narrow canvases", options: ["auto", "never", "short", "adaptive"],
