@@ -391,6 +391,7 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.Monke
 
     ray = import_ray("a test")
     monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever an earlier test left
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(ConfigError, match=r"^Ray does not start: The current node timed out\.$"):
         start_ray(ray, None, cpus=1, object_store_bytes=100_000_000, logs=False)
