@@ -2,7 +2,7 @@
 
 Writes docs/figures/verified.json, after every part, and verified.png. What the file has is not measured again, so
 an interrupted run goes on where it was; `--fresh` begins anew, `--parts` takes some. Sudoku needs a model whose encoder
-was trained, too: `dgemma train recipes/sudoku-joint.yaml`, then `--sudoku runs/sudoku-joint/model`.
+was trained, too: recipes/sudoku-joint.yaml, recipes/sudoku-joint-2.yaml, then `--sudoku runs/sudoku-joint-2/model`.
 
     python scripts/verified.py [--parts law engine greedy text sudoku time] [--prompts 500] [--sudoku MODEL]
 """

@@ -106,6 +106,21 @@ def test_stop_tokens_end_it_where_they_are_accepted() -> None:
     assert reasons == {"stop"} or reasons == {"stop", "length"}
 
 
+@pytest.mark.parametrize("draft", ["argmax", "sample"])
+def test_no_draft_is_cut_for_what_it_says(draft: str) -> None:
+    """An end token that is drafted is tested like any other: all that the budget allows is."""
+    engine, ended = Engine(MODEL, NO_REUSE), 0
+    for seed in range(10):
+        number = engine.add(verified(7, seed, temperature=1.0, stop_tokens=(5,), verify_draft=draft, max_new_tokens=30))
+        while engine.has_work:
+            engine.tick()
+            state = engine._running.get(number)
+            if state is not None and state.drafted:
+                assert len(state.drafted) == min(CANVAS - 1, state.room - 1)
+                ended += 5 in state.drafted[:-1]
+    assert ended
+
+
 @pytest.mark.parametrize(
     "changes",
     [
