@@ -254,7 +254,9 @@ def test_an_engine_may_be_done_before_it_is_known_by_number(llm: LLM, monkeypatc
 
     with running(llm) as server:
         monkeypatch.setattr(llm.worker, "submit", slowly)
-        answer = server.post("/v1/completions", {"model": "tiny", "prompt": "Once", "max_tokens": 8, "stop": ["§"], "seed": 1})
+        answer = server.post(
+            "/v1/completions", {"model": "tiny", "prompt": "Once", "max_tokens": 8, "stop": ["§"], "seed": 1}
+        )
     assert answer.status_code == 200 and answer.json()["choices"][0]["text"]
 
 
