@@ -156,6 +156,12 @@ def test_softcap_keeps_the_digits_of_small_logits() -> None:
         assert got.argmax.item() == 0
 
 
+def test_small_logits_that_differ_by_a_ten_thousandth_are_told_apart() -> None:
+    embed = (1e-3 * (1 + 1e-4 * torch.arange(50.0)))[:, None].expand(50, 16).contiguous().to(DEVICE) / 16
+    heat, noise = torch.ones(1, device=DEVICE), torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
+    assert triton_vocab.vocab(torch.ones(1, 16, device=DEVICE), embed, CAP, heat, noise).argmax.item() == 49
+
+
 def entropy_of(logit: float) -> float:
     p = torch.tensor([logit, 0.0], dtype=torch.float64).log_softmax(0)
     return float(-(p.exp() * p).sum())
