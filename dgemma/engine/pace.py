@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 from dgemma.config import GenerationConfig
 
-_LEAST = 0.95  # of the speed of plain autoregression, which trying drafts may not fall below
-_GRACE, _MOST = 24.0, 96.0  # what may be lost at first, and be saved up for later, in autoregressive tokens
-_HOPE = 0.9  # acceptance of what nobody has tried
+_LEAST = 0.97  # of the speed of plain autoregression, which trying drafts may not fall below
+_GRACE, _MOST = 16.0, 96.0  # what may be lost at first, and be saved up for later, in autoregressive tokens
+_HOPE = 0.9  # acceptance, before any draft was tried
+_BETTER = 0.75  # as often as drafts are refused on the whole, an untried kind is hoped to be
 _FADE = 0.995  # what an observation weighs, one autoregressive token later
-_OWN, _ALL = 6.0, 1.0  # tested tokens that the belief from all requests, and that hope, count for
+_OWN, _ALL = 12.0, 1.0  # tested tokens that the belief from all requests, and that hope, count for
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Tallies:
 
     def add(self, key: tuple[int, int], tested: int, accepted: int, steps: int) -> None:
         self._kept[key] = self.get(key).plus(tested, accepted, steps)
+
+    def whole(self) -> tuple[float, float]:
+        """Tested and accepted tokens of all keys."""
+        now = [self.get(key) for key in self._kept]
+        return sum(tally.tested for tally in now), sum(tally.accepted for tally in now)
 
 
 @dataclass
@@ -142,12 +148,15 @@ class Pace:
     def choose(self, options: Iterable[Option], config: GenerationConfig, own: Tallies, company: int) -> Plan | None:
         """The draft that pays most; None if plain autoregression does, or if too much was lost on drafts of late."""
         best, rate = None, 1.0
+        tested, accepted = self._all.whole()
+        hope = 1 - _BETTER * (1 - (accepted + _HOPE) / (tested + 1)) if tested else _HOPE
         for option in options:
             for steps in levels(config.max_denoising_steps):
                 key = option.width, steps
                 cost = self._cost(option, self._steps(key), company)
-                worth = expected(self.acceptance(key, own), option.tokens)
-                if cost - 1 / _LEAST <= self._balance and worth / cost > rate:
+                worst = self._cost(option, steps, company) - 1 / _LEAST
+                worth = expected(self._acceptance(key, own, hope), option.tokens)
+                if worst <= self._balance and worth / cost > rate:
                     best, rate = (option, steps), worth / cost
         return None if best is None else Plan(best[0], config.with_(max_denoising_steps=best[1]))
 
@@ -163,10 +172,10 @@ class Pace:
         if plan is None or plan.config.verify_pace == "adaptive":
             self._balance = min(_MOST, self._balance + (accepted + 1) / _LEAST - cost)
 
-    def acceptance(self, key: tuple[int, int], own: Tallies) -> float:
-        """Of a token whose predecessors in the draft were accepted."""
+    def _acceptance(self, key: tuple[int, int], own: Tallies, hope: float) -> float:
+        """Of a token whose predecessors in the draft were accepted; `hope` where nothing was tried lately."""
         every, mine = self._all.get(key), own.get(key)
-        belief = (every.accepted + _ALL * _HOPE) / (every.tested + _ALL)
+        belief = (every.accepted + _ALL * hope) / (every.tested + _ALL)
         return (mine.accepted + _OWN * belief) / (mine.tested + _OWN)
 
     def _steps(self, key: tuple[int, int]) -> float:
