@@ -256,7 +256,7 @@ class LLM:
         ids = self.tokenizer.encode(text) if isinstance(text, str) else _ids(text)
         if not ids:
             raise RequestError("the text to score is empty; it needs at least 1 token")
-        validate(Request(prompt=(*before, *ids), config=GenerationConfig(mode="ar", max_new_tokens=1)), self.config)
+        self._check_text((*before, *ids))
         logprobs = token_logprobs(self.engine, [*before, *ids], given=len(before))
         written = text if isinstance(text, str) else self.tokenizer.decode(ids, skip_special=False)
         total = math.fsum(logprobs)
@@ -278,7 +278,7 @@ class LLM:
         `calibration` (default: the checkpoint's), `temperature` instead of it, `canvas_length`.
         """
         ids = tuple(self.encode_prompt(prompt) if isinstance(prompt, str) else _ids(prompt))
-        validate(Request(prompt=ids, config=GenerationConfig(mode="ar", max_new_tokens=1)), self.config)
+        self._check_text(ids)
         text, before = opened(template, self.chat_template, self.tokenizer, ids)
         plan = prepare(self.tokenizer.encode, text, questions, before, joint=bool(options.get("joint")))
         return decide(self.engine, plan, options.pop("calibration", None) or Calibration.load(self.folder), **options)
@@ -299,6 +299,10 @@ class LLM:
         span may grow or shrink by), and what `infill` takes.
         """
         return self.filler.edit(self.generation, text, **options)
+
+    def _check_text(self, ids: Sequence[int]) -> None:
+        """A `RequestError` for ids that the model cannot encode."""
+        validate(Request(prompt=tuple(ids), config=GenerationConfig(mode="ar", max_new_tokens=1)), self.config)
 
     def _answers(self, requests: Sequence[Request]) -> list[Generation]:
         with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from dgemma.config import GenerationConfig
+from dgemma.config import GenerationConfig, is_whole
 from dgemma.errors import DataError, RequestError
 from dgemma.events import Committed, Draft, Event, Finished, Scored
 
@@ -347,7 +347,7 @@ def _header(data: dict[str, Any]) -> Header:
 
 def _whole(data: Mapping[str, Any], name: str, low: int | None = 0) -> int:
     value = data[name]
-    if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+    if not is_whole(value, low):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return value
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dgemma.bench.models import Shape
+from dgemma.bench.models import Shape, fill
 from dgemma.checkpoint.load import empty_model
 from dgemma.config import LayerConfig, ModelConfig
 from dgemma.kernels.matrix import Matrix
@@ -30,7 +30,6 @@ TINY = Shape(
     vocab=300, hidden=32, layers=2, dense=48, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2, expert=32, window=16
 ).config()
 """All parts of the released model, small enough for an interpreter."""
-_QK_NORM = 0.25  # as in `bench.models`: larger q and k make random weights chaotic
 
 
 def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> DiffusionGemma:
@@ -39,13 +38,7 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
     for number, (key, tensor) in enumerate(sorted(model.state_dict().items())):
         # A generator a tensor: what one draws does not depend on how many numbers another took.
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + number)
-        if key.endswith("_scalar"):
-            tensor.fill_(1.0)
-        elif tensor.dim() == 1:
-            base = _QK_NORM if "q_norm" in key or "k_norm" in key else 1.0
-            tensor.normal_(base, 0.1 * base, generator=generator)
-        else:
-            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+        fill(key, tensor, generator)
     return model
 
 

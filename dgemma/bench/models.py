@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 from dgemma.checkpoint import save_checkpoint
 from dgemma.config import GenerationConfig, LayerConfig, LayerKind, ModelConfig
@@ -109,14 +110,19 @@ def random_model(config: ModelConfig, seed: int, dtype: torch.dtype) -> Diffusio
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in sorted(model.state_dict().items()):
-        if key.endswith("_scalar"):
-            tensor.fill_(1.0)
-        elif tensor.dim() == 1:
-            base = _QK_NORM if "q_norm" in key or "k_norm" in key else 1.0
-            tensor.normal_(base, 0.1 * base, generator=generator)
-        else:
-            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+        fill(key, tensor, generator)
     return model
+
+
+def fill(key: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """One random weight, in place, by the law of `random_model`."""
+    if key.endswith("_scalar"):
+        tensor.fill_(1.0)
+    elif tensor.dim() == 1:
+        base = _QK_NORM if "q_norm" in key or "k_norm" in key else 1.0
+        tensor.normal_(base, 0.1 * base, generator=generator)
+    else:
+        tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
 
 
 def _tokenizer_files() -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from dgemma.config.checks import is_whole
 from dgemma.errors import ConfigError
 
 
@@ -50,5 +51,5 @@ class EngineConfig:
             if field.name == "canvas_cost":
                 continue
             value, low = getattr(self, field.name), 0 if field.name in ("prefix_cache_tokens", "kv_bytes") else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            if not is_whole(value, low):
                 raise ConfigError(f"{field.name} must be a whole number of at least {low}, got {value!r}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from dgemma.config.checks import is_whole
 from dgemma.config.model import ModelConfig, token_ids
 from dgemma.errors import RequestError
 
@@ -112,7 +113,7 @@ class GenerationConfig:
 
     def _whole(self, name: str, low: int | None = None) -> None:
         value = getattr(self, name)
-        good = isinstance(value, int) and not isinstance(value, bool)
+        good = is_whole(value)
         if not good or (low is not None and not low <= value <= _MOST):
             bound = "" if low is None else f" in {low}..{_MOST}" if good and value > _MOST else f" of at least {low}"
             raise RequestError(f"{name} must be a whole number{bound}, got {value!r}")

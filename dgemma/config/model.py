@@ -61,6 +61,11 @@ class ModelConfig:
     eos_tokens: tuple[int, ...] = (1,)
     bos_token: int = 2
 
+    @property
+    def trained_widths(self) -> list[int]:
+        """The widths of canvas that the model was trained with, ascending."""
+        return sorted({self.canvas_length, *self.canvas_widths})
+
     def __post_init__(self) -> None:
         for name in (
             "vocab_size",

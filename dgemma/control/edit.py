@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dgemma.config import is_whole
 from dgemma.control.lexicon import Lexicon
 from dgemma.control.template import Hole, Template
 from dgemma.errors import RequestError
@@ -49,7 +50,7 @@ def checked(text: str, spans: Sequence[Sequence[int]]) -> list[Span]:
 
 
 def _span(given: Sequence[int]) -> Span:
-    if len(given) != 2 or not all(isinstance(at, int) and not isinstance(at, bool) for at in given):
+    if len(given) != 2 or not all(map(is_whole, given)):
         raise RequestError(f"a span is two whole numbers, first and end character; got {given!r}")
     return given[0], given[1]
 
@@ -126,7 +127,7 @@ def _within(pair: str) -> bool:
 def kept(text: str, prefix: int, suffix: int) -> Span:
     """The characters that may change if the first `prefix` and the last `suffix` ones may not."""
     for name, value in (("keep_prefix", prefix), ("keep_suffix", suffix)):
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= len(text):
+        if not is_whole(value, 0, len(text)):
             raise RequestError(f"{name} is a number of characters, 0..{len(text)} of this text; got {value!r}")
     if prefix + suffix >= len(text):
         raise RequestError(f"keep_prefix {prefix} and keep_suffix {suffix} leave nothing of {len(text)} characters")

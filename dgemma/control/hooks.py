@@ -12,6 +12,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from dgemma.config import is_whole
 from dgemma.errors import RequestError
 
 
@@ -144,7 +145,7 @@ class StepView:
 
     def _place(self, place: int, end: int, why: str) -> None:
         self._check_open()
-        if not (_is_whole(place) and self.places.start <= place < end):
+        if not (is_whole(place) and self.places.start <= place < end):
             raise RequestError(
                 f"place {place!r} is not one that can change; they are {self.places.start}..{end - 1} here ({why}, "
                 f"and what is committed stays)"
@@ -152,13 +153,9 @@ class StepView:
 
     def _token(self, token: int) -> int:
         self._check_open()
-        if not (_is_whole(token) and 0 <= token < self._vocab):
+        if not is_whole(token, 0, self._vocab - 1):
             raise RequestError(f"token {token!r} is not in the vocabulary (ids 0..{self._vocab - 1})")
         return token
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 Hook = Callable[[StepView], object]

@@ -21,13 +21,11 @@ def next_tokens(logits: Tensor, configs: Sequence[GenerationConfig], positions: 
     cut to `top_k` and, of what is left, to the smallest set of probability `top_p`. Draws are keyed by (seed,
     choice, position).
     """
-    vocab = logits.shape[-1]
-    ids = torch.arange(vocab, device=logits.device)
-    argmax = torch.where(logits == logits.amax(dim=-1, keepdim=True), ids, vocab).amin(dim=-1)
+    argmax = _greedy(logits)
     if all(config.temperature == 0 for config in configs):
         return argmax.tolist()
     shaped = torch.stack([_shape(row, config) for row, config in zip(logits, configs, strict=True)])
-    blocks = torch.arange(-(-vocab // DRAW_BLOCK), device=logits.device)
+    blocks = torch.arange(-(-logits.shape[-1] // DRAW_BLOCK), device=logits.device)
     uniforms = torch.stack(
         [
             uniform(Stream.AR, config.seed, config.choice, 0, 0, position, blocks)
@@ -40,13 +38,17 @@ def next_tokens(logits: Tensor, configs: Sequence[GenerationConfig], positions: 
 
 def laws(logits: Tensor, config: GenerationConfig) -> Tensor:
     """What `next_tokens` draws from, as float64 probabilities `[R, V]`, for rows of one configuration."""
-    vocab = logits.shape[-1]
     if config.temperature == 0:
-        ids = torch.arange(vocab, device=logits.device)
-        best = torch.where(logits == logits.amax(dim=-1, keepdim=True), ids, vocab).amin(dim=-1)
-        return torch.nn.functional.one_hot(best, vocab).double()
+        return torch.nn.functional.one_hot(_greedy(logits), logits.shape[-1]).double()
     wide = torch.stack([_shape(row, config) for row in logits]).double()
     return torch.softmax((wide - wide.amax(dim=-1, keepdim=True)) / config.temperature, dim=-1)
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    """The likeliest token of each row; ties to the lowest id."""
+    vocab = logits.shape[-1]
+    ids = torch.arange(vocab, device=logits.device)
+    return torch.where(logits == logits.amax(dim=-1, keepdim=True), ids, vocab).amin(dim=-1)
 
 
 def _shape(logits: Tensor, config: GenerationConfig) -> Tensor:

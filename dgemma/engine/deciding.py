@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dgemma.config import is_whole
 from dgemma.control.decide import Asked
 from dgemma.control.decision import Calibration, Decision, conclude, label_law
 from dgemma.engine.loop import Engine
@@ -19,9 +20,9 @@ def laws(
     engine: Engine, asked: Sequence[Asked], *, draws: int, seed: int, canvas_length: int | None = None
 ) -> list[tuple[Tensor, float]]:
     """Of each question: log-probabilities of its labels by draw `[K, L]`, and the mass (see `control.decision`)."""
-    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= MOST_DRAWS:
+    if not is_whole(draws, 1, MOST_DRAWS):
         raise RequestError(f"draws must be a whole number of 1..{MOST_DRAWS}, got {draws!r}")
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not is_whole(seed):
         raise RequestError(f"seed must be a whole number, got {seed!r}")
     looks = [
         Look(

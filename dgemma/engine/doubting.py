@@ -24,7 +24,7 @@ def doubts(engine: Engine, before: Sequence[int], ids: Sequence[int], by: str, s
     if by != "canvas":
         raise RequestError(f"doubt is measured by one of {', '.join(WAYS)}; got {by!r}")
     model = engine.model_config
-    widest = max(model.canvas_length, *model.canvas_widths, 0)
+    widest = model.trained_widths[-1]
     looks = []
     for start in range(0, len(ids), widest):
         lead, part = (*before, *ids[:start]), ids[start : start + widest]

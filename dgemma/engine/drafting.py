@@ -91,4 +91,4 @@ def widths(config: GenerationConfig, model: ModelConfig) -> list[int]:
     """Widths of canvases to draft on, ascending: the one asked for, or the checkpoint's own and all of its training."""
     usual = config.canvas_length or model.canvas_length
     fixed = config.canvas_length or config.narrow == "never" or config.verify_pace == "fixed" or model.canvas_positions
-    return [usual] if fixed else sorted({usual, *model.canvas_widths})
+    return [usual] if fixed else model.trained_widths

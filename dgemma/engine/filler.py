@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dgemma.config import GenerationConfig
+from dgemma.config import GenerationConfig, is_whole
 from dgemma.control.edit import Change, Span, checked, doubted, kept, template_of, token_spans
 from dgemma.control.infill import USUAL_MOST, Infill
 from dgemma.control.lexicon import Lexicon
@@ -98,7 +98,7 @@ class Filler:
         **overrides: Any,
     ) -> Filling:
         """The search for what belongs into the holes of `text`; see `LLM.infill`."""
-        if not isinstance(most, int) or isinstance(most, bool) or not 1 <= most <= MOST_TOKENS:
+        if not is_whole(most, 1, MOST_TOKENS):
             raise RequestError(f"most is a number of tokens, 1..{MOST_TOKENS}; got {most!r}")
         template = parse(text) if isinstance(text, str) else text
         shown = bool(template.instructions) and self._chat is not None
@@ -141,7 +141,7 @@ class Filler:
             raise RequestError("spans and doubt both say what to edit; give one of them")
         if not text.strip():
             raise RequestError("there is no text to edit")
-        if not isinstance(resize, int) or isinstance(resize, bool) or not 0 <= resize <= MOST_TOKENS:
+        if not is_whole(resize, 0, MOST_TOKENS):
             raise RequestError(f"resize is a number of tokens, 0..{MOST_TOKENS}; got {resize!r}")
         if instruction and self._chat is None:
             raise RequestError(f"model {self._name!r} has no chat template, so nobody can tell it an instruction")

@@ -5,7 +5,6 @@ What it demands becomes part of the request's `Control`, so that a pin from a ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dgemma.control.hooks import Demands, StepTensors, StepView
 from dgemma.diffusion.protocol import Stats, Step
-from dgemma.engine.request import State
+from dgemma.engine.request import State, put
 from dgemma.engine.runner import Runner
 from dgemma.engine.shapes import without
 from dgemma.errors import RequestError
@@ -84,7 +83,7 @@ def _rewrite(state: State, view: StepView, step: Step, runner: Runner) -> Step:
         for place, token in view.demands.accepts.items()
     }
     canvas.ids, accepted = step.canvas.clone(), step.accepted.clone()
-    _put(canvas.ids, accepts)
+    put(canvas.ids, accepts)
     accepted[list(accepts)] = True
     state.bind(canvas, runner.model.config.vocab_size)
     accepted[list(canvas.pins)] = False
@@ -112,11 +111,5 @@ def settled(state: State, final: Tensor, hidden: Tensor, runner: Runner) -> Tens
         assert bias is not None
         logits = logits + bias
         final[place] = (logits == logits.amax()).nonzero()[0, 0]  # ties go to the lowest id
-    _put(final, canvas.pins)
+    put(final, canvas.pins)
     return final
-
-
-def _put(ids: Tensor, tokens: Mapping[int, int]) -> None:
-    if tokens:
-        places = torch.tensor(list(tokens), device=ids.device)
-        ids[places] = torch.tensor(list(tokens.values()), dtype=ids.dtype, device=ids.device)

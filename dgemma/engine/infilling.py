@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.config import GenerationConfig, ModelConfig, is_whole
 from dgemma.control.infill import Infill, Lengths, check_room
 from dgemma.engine.request import Request, is_approximate, validate
 from dgemma.engine.streams import Stream
@@ -97,14 +97,12 @@ class Filling:
         name: str = "",
     ) -> None:
         """`lenient` takes a flawed fill rather than none. `watch` keeps the events of every denoising step."""
-        if not isinstance(candidates, int) or isinstance(candidates, bool) or not 1 <= candidates <= MOST_CANDIDATES:
+        if not is_whole(candidates, 1, MOST_CANDIDATES):
             raise RequestError(f"candidates must be a whole number of 1..{MOST_CANDIDATES}, got {candidates!r}")
         self.plan, self.config, self.model = plan, config, model
         self._count, self._watch, self._lenient = candidates, watch, lenient
         self._ignored, self._name = tuple(ignored), name
-        self._widths = (
-            [config.canvas_length] if config.canvas_length else sorted({model.canvas_length, *model.canvas_widths})
-        )
+        self._widths = [config.canvas_length] if config.canvas_length else model.trained_widths
         least = plan.layout(plan.least()).size
         check_room(least, self._widths[-1], truncate)
         self._room = self._widths[-1] if least <= self._widths[-1] else least + _SPARE

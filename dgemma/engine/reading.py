@@ -17,7 +17,7 @@ from torch import Tensor
 from dgemma.cache import KVCache
 from dgemma.diffusion.noise import first_canvas
 from dgemma.engine.loop import Engine
-from dgemma.engine.request import max_canvas
+from dgemma.engine.request import max_canvas, put
 from dgemma.engine.scheduler import cut, whole_chunk
 from dgemma.errors import RequestError
 
@@ -54,16 +54,15 @@ class _Row:
 def narrowest(engine: Engine, reach: int, asked: int | None = None) -> int:
     """The least width that the checkpoint was trained with and that holds `reach` positions; or the one asked for."""
     model = engine.model_config
-    widths = sorted({model.canvas_length, *model.canvas_widths})
     if asked is not None and not 1 <= asked <= max_canvas(model):
         raise RequestError(f"canvas_length must be 1..{max_canvas(model)} for this model, got {asked}")
-    widest = asked or widths[-1]
+    widest = asked or model.trained_widths[-1]
     if reach > widest:
         raise RequestError(
             f"the answer and the text after it take {reach} positions; a canvas has {widest}. "
             "Let less text follow the answer" + ("" if asked is None else ", or ask for a wider canvas_length")
         )
-    return asked or next(width for width in widths if width >= reach)
+    return asked or next(width for width in model.trained_widths if width >= reach)
 
 
 @torch.inference_mode()
@@ -130,9 +129,7 @@ def _check(engine: Engine, lead: Sequence[int], width: int) -> None:
 def _canvas(engine: Engine, row: _Row, seed: int) -> Tensor:
     """Noise with the pins in it."""
     ids = first_canvas(seed, row.draw, 0, row.width, engine.model_config.vocab_size, engine.runner.device)
-    if row.pins:
-        places, tokens = torch.tensor(row.pins, device=ids.device).unbind(dim=1)
-        ids[places] = tokens
+    put(ids, dict(row.pins))
     return ids
 
 

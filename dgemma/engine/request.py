@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dgemma.cache import KVCache
-from dgemma.config import GenerationConfig, ModelConfig
+from dgemma.config import GenerationConfig, ModelConfig, is_whole
 from dgemma.control import NOISE, NOTHING, Control, Mask
 from dgemma.diffusion.noise import first_canvas
 from dgemma.diffusion.samplers import get_sampler
 from dgemma.diffusion.stop import History
 from dgemma.engine.confidence import Changes
 from dgemma.engine.drafting import Drafting, widths
+from dgemma.engine.runner import Shape
 from dgemma.engine.scoring import MOST, Scoring
 from dgemma.engine.shaping import bias_row
 from dgemma.errors import RequestError
@@ -75,6 +76,8 @@ class Canvas:
     """The constraint's state before position 0."""
     states: tuple[int, ...] = ()
     """The constraint's states along the last prediction, one more than positions."""
+    shapes: list[Shape] | None = None
+    """What `shapes.shapes` made of its demands; None until asked for, and where they have changed."""
     changes: Changes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -205,7 +208,15 @@ class State:
         if self.drafting and self.drafting.lead:
             canvas.lead = self.drafting.lead
             canvas.pins = dict(enumerate(self.ids[-canvas.lead :]))
-        ids[list(canvas.pins)] = torch.tensor(list(canvas.pins.values()), dtype=ids.dtype, device=ids.device)
+        canvas.shapes = None
+        put(ids, canvas.pins)
+
+
+def put(ids: Tensor, tokens: Mapping[int, int]) -> None:
+    """Write `tokens`, by position, into `ids [C]`."""
+    if tokens:
+        places = torch.tensor(list(tokens), device=ids.device)
+        ids[places] = torch.tensor(list(tokens.values()), dtype=ids.dtype, device=ids.device)
 
 
 def canvas_width(config: GenerationConfig, model: ModelConfig, index: int, room: int) -> int:
@@ -225,8 +236,7 @@ def canvas_widths(config: GenerationConfig, model: ModelConfig) -> list[int]:
 
 def is_approximate(config: GenerationConfig, model: ModelConfig) -> bool:
     """Whether some canvas may have a width that the checkpoint does not say it was trained with."""
-    trained = {model.canvas_length, *model.canvas_widths}
-    return config.mode == "diffusion" and not trained.issuperset(canvas_widths(config, model))
+    return config.mode == "diffusion" and not {*canvas_widths(config, model)} <= {*model.trained_widths}
 
 
 def _positions(config: GenerationConfig, model: ModelConfig) -> int:
@@ -265,7 +275,7 @@ def validate(request: Request, model: ModelConfig, drafter: ModelConfig | None =
         raise RequestError(f"logit_bias bans all {model.vocab_size} tokens of the vocabulary; it must leave at least 1")
     request.control.check(config, model.vocab_size)
     asked = request.logprobs
-    if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or not 0 <= asked <= MOST):
+    if asked is not None and not is_whole(asked, 0, MOST):
         raise RequestError(f"logprobs must be a whole number of 0 to {MOST}, or None for none; got {asked!r}")
     budget = config.max_new_tokens
     if config.mode == "diffusion":

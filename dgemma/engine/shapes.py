@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dgemma.config import GenerationConfig
 from dgemma.control import Mask
 from dgemma.engine.constrained import constrained
 from dgemma.engine.request import Canvas, State
@@ -15,8 +16,14 @@ def shapes(state: State, vocab: int, device: torch.device) -> list[Shape]:
     """The shapes of the canvas of `state`; empty if nothing is asked for."""
     canvas, config = state.canvas, state.config
     assert canvas is not None
-    if state.control.constraint is not None:
+    if state.control.constraint is not None:  # its draws are of the step
         return [Shape(canvas.bias, config.top_p, predict=constrained(state))]
+    if canvas.shapes is None:
+        canvas.shapes = _made(canvas, config, vocab, device)
+    return canvas.shapes
+
+
+def _made(canvas: Canvas, config: GenerationConfig, vocab: int, device: torch.device) -> list[Shape]:
     alike = [] if canvas.bias is None and config.top_p == 1 else [Shape(canvas.bias, config.top_p)]
     if not canvas.places and not canvas.masks and not (canvas.reach and config.stop_tokens):
         return alike

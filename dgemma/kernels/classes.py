@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dgemma.kernels import reference
 from dgemma.kernels.cpu_vocab import PackedHead
-from dgemma.kernels.reference import Matmul, VocabStats, draw_tokens, softcap
-from dgemma.kernels.shaped import LOGITS_AT_ONCE
+from dgemma.kernels.reference import Matmul, VocabStats, draw_tokens, first_highest
+from dgemma.kernels.shaped import few_logits, plain_of
 
 _NEVER = -1e4  # stands for a log-probability of minus infinity where it is told
 
@@ -37,19 +37,11 @@ class Head:
 
     @property
     def table(self) -> Tensor:
-        return self.embed.embed if isinstance(self.embed, PackedHead) else self.embed
+        return plain_of(self.embed)
 
     def logits(self, temperature: Tensor) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """A few rows at a time: which, how many of them count, and their float32 logits `[few, V]`."""
-        count, vocab = len(self.hidden), self.table.shape[0]
-        for rows in torch.arange(count, device=self.hidden.device).split(max(2, LOGITS_AT_ONCE // vocab)):
-            few = rows if len(rows) > 1 else rows.expand(2)  # a lone row's sums take another way
-            taken = self.hidden[few]
-            raw = self.embed.logits(taken) if isinstance(self.embed, PackedHead) else self.matmul(taken, self.embed)
-            logits = softcap(raw, self.cap)
-            if self.bias is not None:
-                logits = logits + self.bias
-            yield few, len(rows), logits / temperature[few, None]
+        """See `shaped.few_logits`."""
+        return few_logits(self.hidden, self.embed, self.cap, temperature, self.matmul, self.bias)
 
 
 def class_stats(head: Head, of: Tensor, count: int, temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -93,10 +85,10 @@ def weighted(
         shaped = logits + weight[rows].to(logits.dtype)[:, of]
         logp = torch.log_softmax(shaped, dim=-1)
         probs = logp.exp()
-        argmax = _first_highest(_only(logits, of, emitted[rows]))
+        argmax = first_highest(_only(logits, of, emitted[rows]))
         inside = _only(logits, of, drawn[rows])
         own = None if draw_temperature is None else draw_temperature[rows]
-        draw = draw_tokens(inside, _first_highest(inside), uniforms[rows], own, None)
+        draw = draw_tokens(inside, first_highest(inside), uniforms[rows], own, None)
         told = logp.clamp(min=_NEVER)
         stats = {
             "entropy": -(probs * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1),
@@ -112,7 +104,3 @@ def weighted(
 
 def _only(logits: Tensor, of: Tensor, chosen: Tensor) -> Tensor:
     return logits.masked_fill(of != chosen[:, None], -torch.inf)
-
-
-def _first_highest(logits: Tensor) -> Tensor:
-    return (logits == logits.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)

@@ -314,8 +314,7 @@ def prediction(
     """What `vocab` makes of its tempered and shaped `logits [T, V]`; `to_soft` multiplies with the embedding."""
     logp = torch.log_softmax(logits, dim=-1)
     probs = logp.exp()
-    # Ties go to the lowest id, which torch's max does not promise; of logits, because logp merges near ones.
-    argmax = (logits == logits.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
+    argmax = first_highest(logits)  # of logits, because logp merges near ones
     top_logprob = logp.gather(1, argmax[:, None]).squeeze(1)
     entropy = -(probs * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1)
     draw = draw_tokens(logits, argmax, uniforms, draw_temperature, top_k)
@@ -327,6 +326,11 @@ def prediction(
         draw_logprob=logp.gather(1, draw[:, None]).squeeze(1),
         soft=to_soft(probs),
     )
+
+
+def first_highest(logits: Tensor) -> Tensor:
+    """The likeliest token of each row of `logits [T, V]`; ties go to the lowest id, which torch does not promise."""
+    return (logits == logits.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
 
 
 def nucleus(logits: Tensor, top_p: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ exists; only top-p takes a shorter way. Knows no requests: which rows need this 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -31,27 +33,43 @@ def vocab(
     top_p: Tensor | None = None,
 ) -> VocabStats:
     """`reference.vocab`; a row's bits do not depend on the other rows if those of `matmul` do not."""
-    plain = embed.embed if isinstance(embed, PackedHead) else embed
-    count, vocab_size = len(hidden), plain.shape[0]
+    plain = plain_of(embed)
     done = []
-    for rows in torch.arange(count, device=hidden.device).split(max(2, LOGITS_AT_ONCE // vocab_size)):
-        few = rows if len(rows) > 1 else rows.expand(2)  # a lone row's sums take another way
+    for few, count, logits in few_logits(hidden, embed, cap, temperature, matmul, bias):
 
         def of(values: Tensor | None, few: Tensor = few) -> Tensor | None:
             return None if values is None else values[few]
 
-        raw = embed.logits(hidden[few]) if isinstance(embed, PackedHead) else matmul(hidden[few], embed)
-        logits = softcap(raw, cap)
-        if bias is not None:
-            logits += bias if bias.dim() == 1 else bias[few]
-        logits /= temperature[few, None]
         if top_p is not None:
             logits = nucleus(logits, top_p[few])
         stats = reference.prediction(
             logits, uniforms[few], of(draw_temperature), of(top_k), lambda p: matmul(p.to(plain.dtype), plain.t())
         )
-        done.append({name: value[: len(rows)] for name, value in vars(stats).items()})
+        done.append({name: value[:count] for name, value in vars(stats).items()})
     return VocabStats(**{name: torch.cat([part[name] for part in done]) for name in done[0]})
+
+
+def few_logits(
+    hidden: Tensor,
+    embed: Tensor | PackedHead,
+    cap: float,
+    temperature: Tensor,
+    matmul: Matmul = reference.linear,
+    bias: Tensor | None = None,
+) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """A few rows at a time: which, how many of them count, and their biased and tempered logits `[few, V]`, float32."""
+    for rows in torch.arange(len(hidden), device=hidden.device).split(max(2, LOGITS_AT_ONCE // len(plain_of(embed)))):
+        few = rows if len(rows) > 1 else rows.expand(2)  # a lone row's sums take another way
+        raw = embed.logits(hidden[few]) if isinstance(embed, PackedHead) else matmul(hidden[few], embed)
+        logits = softcap(raw, cap)
+        if bias is not None:
+            logits += bias if bias.dim() == 1 else bias[few]
+        yield few, len(rows), logits.div_(temperature[few, None])
+
+
+def plain_of(embed: Tensor | PackedHead) -> Tensor:
+    """The embedding itself `[V, H]`."""
+    return embed.embed if isinstance(embed, PackedHead) else embed
 
 
 def nucleus(logits: Tensor, top_p: Tensor) -> Tensor:

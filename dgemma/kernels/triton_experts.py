@@ -23,7 +23,7 @@ from torch import Tensor
 from dgemma.kernels import reference
 from dgemma.kernels.matrix import Matrix
 from dgemma.kernels.stacked import Stacked, stacked_of
-from dgemma.kernels.triton_types import interpreted, narrow, narrow_e4m3
+from dgemma.kernels.triton_types import activated, interpreted, narrow, narrow_e4m3
 
 _SLOTS = 1024  # ids that a program of `_list_rows` reads at a time
 _E4M3 = tl.constexpr(448.0)
@@ -195,7 +195,7 @@ def _gate_up(
             steps = tl.load(row_scale + rows, mask=live, other=0.0)[None, :]
             gate *= tl.load(scale + gates)[:, None] * steps
             up *= tl.load(scale + gates + inner)[:, None] * steps
-        value = _gelu(gate) * up
+        value = activated(gate) * up
         tl.store(
             out + places.to(tl.int64)[None, :] * outputs + columns[:, None],
             narrow(value, out.dtype.element_ty, WIDE),
@@ -286,13 +286,6 @@ def _add_int4(
 @triton.jit
 def _wide(pointer, at):
     return tl.load(pointer + at).to(tl.float32)
-
-
-@triton.jit
-def _gelu(x):
-    """tanh form, by the logistic function: 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z))."""
-    inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-inner))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dgemma.kernels import reference
-from dgemma.kernels.triton_types import interpreted, narrow
+from dgemma.kernels.triton_types import activated, interpreted, narrow
 
 _AT_ONCE = 4096  # numbers of a program that takes several short rows
 
@@ -212,16 +212,10 @@ def _close(
     tl.store(normed + row * size + at, narrow(values, kind, WIDE), mask=there)
 
 
-@triton.jit
-def _activated(x):
-    """tanh form, by the logistic function: 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z))."""
-    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-
-
 @triton.jit(do_not_specialize=["count"])
 def _gelu(x, out, count, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = _activated(_read(x, at, at < count))
+    values = activated(_read(x, at, at < count))
     tl.store(out + at, narrow(values, out.dtype.element_ty, WIDE), mask=at < count)
 
 
@@ -230,5 +224,5 @@ def _geglu(packed, out, size, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < size
-    values = _activated(_read(packed + row * stride, at, there)) * _read(packed + row * stride + size, at, there)
+    values = activated(_read(packed + row * stride, at, there)) * _read(packed + row * stride + size, at, there)
     tl.store(out + row * size + at, narrow(values, out.dtype.element_ty, WIDE), mask=there)

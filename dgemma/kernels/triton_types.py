@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 and e4m3 that is the same on a device and under Triton's interpreter.
+"""What kernels share: GELU, and rounding to bfloat16 and e4m3 that is the same on a device and in the interpreter.
 
 The interpreter cuts bits off where it should round to bfloat16, and loses a carry on the way to e4m3; and it has no
 product of bfloat16, because numpy has none. `WIDE` says that the interpreter runs: kernels take it as a constexpr.
@@ -38,3 +38,9 @@ def narrow_e4m3(value, WIDE: tl.constexpr):
         small = (value + 24576.0) - 24576.0
         value = tl.where(tl.abs(value) < 0.015625, small, bits.to(tl.float32, bitcast=True))
     return value.to(tl.float8e4nv)
+
+
+@triton.jit
+def activated(x):
+    """GELU, tanh form, by the logistic function: 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z))."""
+    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))

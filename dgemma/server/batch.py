@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dgemma.config import is_whole
 from dgemma.errors import ConfigError, DataError
 from dgemma.server.batch_journal import Journal
 from dgemma.server.batch_lines import Answered, Answerer, Line
@@ -40,7 +41,7 @@ class BatchConfig:
     def __post_init__(self) -> None:
         for name, low in (("workers", 1), ("block", 1), ("rows", 1), ("object_store_bytes", 80_000_000)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            if not is_whole(value, low):
                 raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from dgemma.config import is_whole
 from dgemma.errors import ConfigError
 
 KEYS_VARIABLE = "DGEMMA_API_KEYS"
@@ -47,8 +48,7 @@ class ServerConfig:
             ("traces_kept", 0, None),
         ):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or value < low or (high is not None and value > high):
+            if not is_whole(value, low, high):
                 span = f"of at least {low}" if high is None else f"in {low}..{high}"
                 raise ConfigError(f"{name} must be a whole number {span}, got {value!r}")
         for name, open_low in (("timeout_s", True), ("drain_s", False)):

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from dgemma.checkpoint.files import CONFIG, find_folder, read_json
-from dgemma.config import EngineConfig, ModelConfig
+from dgemma.config import EngineConfig, ModelConfig, is_whole
 from dgemma.errors import ConfigError
 from dgemma.server.config import ServerConfig
 from dgemma.server.ray_cluster import import_ray, start_ray
@@ -56,7 +56,7 @@ class ReplicaConfig:
     def __post_init__(self) -> None:
         for name, low in (("replicas", 1), ("requests_per_replica", 1), ("object_store_bytes", 80_000_000)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            if not is_whole(value, low):
                 raise ConfigError(f"{name} must be a whole number of at least {low}, got {value!r}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ConfigError(f"max_replicas must be at least replicas ({self.replicas}), got {self.max_replicas!r}")

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from dgemma.config import is_whole
 from dgemma.server.schemas import Penalised, described, fault, fault_of, only
 from dgemma.server.schemas_infill import check_suffix
 
@@ -16,19 +17,15 @@ Prompt = str | list[int]
 
 def _prompts(value: Any) -> list[Prompt]:
     """One prompt or several, each a text or token ids, as a list."""
-    many = value if isinstance(value, list) and value and not _is_id(value[0]) else [value]
+    many = value if isinstance(value, list) and value and not is_whole(value[0]) else [value]
     if len(many) > MAX_PROMPTS:
         raise fault(f"takes at most {MAX_PROMPTS} prompts, got {len(many)}")
     for place, prompt in enumerate(many):
-        ids = isinstance(prompt, list) and bool(prompt) and all(map(_is_id, prompt))
+        ids = isinstance(prompt, list) and bool(prompt) and all(map(is_whole, prompt))
         if not (isinstance(prompt, str) or ids):
             where = f"prompt {place} " if many is value else ""
             raise fault(f"{where}must be a text or a list of token ids, or a list of these")
     return many
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}, "minItems": 1}

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from dgemma.config import is_whole
 from dgemma.errors import ConfigError
 
 EVERYTHING = "all"
@@ -37,7 +38,7 @@ class FreezePhase:
     train: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.first_step, int) or isinstance(self.first_step, bool) or self.first_step < 0:
+        if not is_whole(self.first_step, 0):
             raise ConfigError(f"freeze: first_step must be a whole number of at least 0, got {self.first_step!r}")
         allowed = ", ".join(GROUPS)
         for name in self.train:

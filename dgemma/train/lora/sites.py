@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dgemma.config import is_whole
 from dgemma.errors import ConfigError
 from dgemma.model import DiffusionGemma
 
@@ -35,7 +36,7 @@ class LoraConfig:
     experts: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if not is_whole(self.rank, 1):
             raise ConfigError(f"lora rank must be a whole number of at least 1, got {self.rank!r}")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"lora alpha must be a positive number, got {self.alpha!r}")
