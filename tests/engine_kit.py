@@ -16,6 +16,8 @@ VOCAB = 128
 WINDOW = 6
 CANVAS = 8
 NO_REUSE = EngineConfig(prefix_cache_tokens=0)
+APART = EngineConfig(prefix_cache_tokens=0, fuse=False)
+"""For who watches `denoise` and `encode` of a runner: no pass is both."""
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

@@ -12,17 +12,17 @@ import pytest
 import torch
 import triton_kit  # chooses the interpreter
 
-from dgemma.bench import gpu, gpu_parts
+from dgemma.bench import gpu, gpu_parts, gpu_tune
 from dgemma.bench.gpu import GpuRun, GpuSettings, tiny_settings
 from dgemma.bench.gpu_model import RELEASED, TINY, quantise, random_weights
 from dgemma.bench.gpu_peer import peer_of
-from dgemma.bench.gpu_roof import Ceilings, answer_ms, encode_roof, milliseconds, step_roof
+from dgemma.bench.gpu_roof import Ceilings, answer_ms, encode_roof, milliseconds, shared_roof, step_roof
 from dgemma.bench.runs import Ours, weight_bytes
 from dgemma.cli import main
 from dgemma.config import EngineConfig
 from dgemma.engine import Engine
 from dgemma.errors import DgemmaError, RequestError
-from dgemma.kernels import scaled
+from dgemma.kernels import scaled, tuning
 from dgemma.quant.fp8 import Fp8Matrix
 
 assert triton_kit.DEVICE
@@ -71,10 +71,16 @@ def test_formats_change_the_bytes_of_what_they_apply_to(name: str, bits: float) 
     assert packed["mlp"].ms / plain["mlp"].ms == pytest.approx(0.5 if name == "fp8" else 1, rel=0.01)
 
 
-def test_an_answer_is_its_steps_and_the_commits_between() -> None:
-    steps = sum(16 * milliseconds(step_roof(RELEASED, "fp8", CARD, 1024 + 256 * i, 256)) for i in range(4))
-    commits = sum(milliseconds(encode_roof(RELEASED, "fp8", CARD, 1024 + 256 * i, 256)) for i in range(3))
-    assert answer_ms(RELEASED, "fp8", CARD, 1024, 4, 256, 16) == pytest.approx(steps + commits)
+def test_an_answer_is_its_steps_of_which_some_commit() -> None:
+    step = [milliseconds(step_roof(RELEASED, "fp8", CARD, 1024 + 256 * i, 256)) for i in range(4)]
+    shared = [shared_roof(RELEASED, "fp8", CARD, 1024 + 256 * i, 256) for i in range(3)]
+    whole = 15 * sum(step) + step[0] + sum(map(milliseconds, shared))
+    assert answer_ms(RELEASED, "fp8", CARD, 1024, 4, 256, 16) == pytest.approx(whole)
+    alone = [step_roof(RELEASED, "fp8", CARD, 1280, 256), encode_roof(RELEASED, "fp8", CARD, 1024, 256)]
+    assert step[1] < milliseconds(shared[0]) < sum(map(milliseconds, alone))
+    for part in ("projections", "mlp", "experts"):  # the weights once, the products of both
+        assert shared[0][part].gigabytes == pytest.approx(alone[0][part].gigabytes)
+        assert shared[0][part].tflops == pytest.approx(alone[0][part].tflops + alone[1][part].tflops)
     one = encode_roof(RELEASED, None, CARD, 1024, 1, head=True)
     assert one["experts"].gigabytes == pytest.approx(30 * (8 * 3 * 704 + 128) * 2816 * 2 / 1e9)
     assert one["vocabulary"].gigabytes == pytest.approx(262_144 * 2816 * 2 / 1e9)
@@ -157,9 +163,15 @@ def test_ceilings_without_products_of_fp8(monkeypatch: pytest.MonkeyPatch) -> No
 # -- the whole command ----------------------------------------------------------------------
 
 
-def test_the_whole_script_on_a_tiny_model(tmp_path: Path, threads: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_script_on_a_tiny_model(
+    tmp_path: Path, threads: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "out"
-    assert main(["bench", "gpu", str(folder), "--tiny", "--formats", "bf16,fp8", "--repeats", "1"]) == 0
+    monkeypatch.setattr(tuning, "user_file", lambda: tmp_path / "home" / "blocks.json")
+    assert (
+        main(["bench", "gpu", str(folder), "--tiny", "--formats", "bf16,fp8", "--repeats", "1", "--seconds", "9999"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "mean nothing else" in text and "transformers" in text and "failed" not in text
     state = json.loads((folder / gpu.STATE).read_text())
@@ -170,6 +182,13 @@ def test_the_whole_script_on_a_tiny_model(tmp_path: Path, threads: None, capsys:
     assert state["parts"]["bf16.error"]["relative error, signal step"] < 0.02
     assert 0.02 < state["parts"]["fp8.error"]["relative error, signal step"] < 0.6
     assert (folder / gpu.CHART).read_text().startswith("<svg")
+    plain, fewer = (state["parts"][f"{name}.blocks"] for name in ("bf16", "fp8"))
+    assert {"experts, plain", "vocab", "canvas_attention, sliding", "canvas_attention, full"} < set(plain)
+    for trial in (plain["experts, plain"], plain["vocab"], fewer["experts, fp8"]):
+        assert len(trial["ms"]) == 2 and not trial["skipped"] and set(trial["best"]) > {"rows", "warps"}
+    kept = json.loads((folder / "blocks.json").read_text())["blocks"]
+    assert len(kept) == 5, "experts in two formats, vocabulary, two head dims"
+    assert not (tmp_path / "home").exists(), "an interpreter's times are for nobody"
     # Again: nothing is left to measure, so nothing changes but the file's own facts.
     run = GpuRun(folder, tiny_settings(formats=("bf16", "fp8"), repeats=1))
     assert run.run()["parts"] == state["parts"]
@@ -184,7 +203,7 @@ def test_a_failed_part_costs_no_other_and_is_tried_again(
         raise torch.cuda.OutOfMemoryError("out of\nmemory")
 
     settings = tiny_settings(formats=("bf16",), repeats=1, peer=False)
-    monkeypatch.setattr(gpu_parts, "try_blocks", fails)
+    monkeypatch.setattr(gpu_tune, "tune", fails)
     monkeypatch.setattr(gpu_parts, "time_tokens", fails)
     state = GpuRun(tmp_path, settings).run()
     assert set(state["failed"]) == {"bf16.blocks", "bf16.ar"}

@@ -116,7 +116,7 @@ def test_a_narrow_canvas_begins_as_the_wide_one_does() -> None:
     first = []
     for narrow in ("never", "adaptive"):
         number = model.add(ask(max_denoising_steps=9, confidence_threshold=None, narrow=narrow, max_new_tokens=16))
-        model._admit(*model._waiting.popleft())
+        model._admit()
         first.append(model._running[number].start_canvas(MIXED.config, model.runner.device).ids.tolist())
         model.abort(number)
     assert len(first[1]) == 2 and first[0][:2] == first[1]

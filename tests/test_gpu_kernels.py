@@ -59,12 +59,12 @@ def test_the_sizes_are_those_of_the_kernels() -> None:
     kit = pytest.importorskip("triton_kit")
     from dgemma.kernels import triton_attention, triton_vocab
 
-    blocks = triton_vocab.blocks_of(kit.torch.bfloat16)
+    blocks = triton_vocab.shipped_blocks(kit.torch.bfloat16)
     assert (triton_vocab.TILE, blocks.chunk, blocks.shares) == (
         gpu_kernels.TILE, gpu_kernels.CHUNK, gpu_kernels.SHARES,
     )  # fmt: skip
     for dim in (256, 512):
-        assert triton_attention.blocks_of(dim, kit.torch.bfloat16).share == gpu_kernels.KEYS_A_SHARE
+        assert triton_attention.shipped_blocks(dim, kit.torch.bfloat16).share == gpu_kernels.KEYS_A_SHARE
 
 
 def test_the_page_has_this_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_kit import CANVAS, NO_REUSE, VOCAB, config, of, prompt, request, run, tiny_model, tokens
+from engine_kit import APART, CANVAS, NO_REUSE, VOCAB, config, of, prompt, request, run, tiny_model, tokens
 
 from dgemma.api import LLM
 from dgemma.control import Control, StepView
@@ -86,7 +86,7 @@ def test_a_pin_of_a_later_canvas_equals_one_in_the_request() -> None:
 
 
 def test_a_pinned_position_signals_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, seen = Engine(MODEL, NO_REUSE), []
+    engine, seen = Engine(MODEL, APART), []
     real = engine.runner.denoise
 
     def watched(jobs: list, softs: list, draws: object) -> object:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_kit import CANVAS, NO_REUSE, VOCAB, config, prompt, request, run, tiny_model
+from engine_kit import APART, CANVAS, NO_REUSE, VOCAB, config, prompt, request, run, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +62,7 @@ def test_pins_are_in_every_canvas_and_in_the_answer(
 
 
 def test_the_network_reads_the_pins_in_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, seen = Engine(MODEL, NO_REUSE), []
+    engine, seen = Engine(MODEL, APART), []
     real = engine.runner.denoise
 
     def watched(jobs: list, softs: list, draws: object) -> object:
@@ -112,7 +112,7 @@ def test_company_changes_nothing() -> None:
 
 
 def test_a_draft_is_what_the_first_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, seen = Engine(MODEL, NO_REUSE), []
+    engine, seen = Engine(MODEL, APART), []
     real = engine.runner.denoise
     monkeypatch.setattr(
         engine.runner,

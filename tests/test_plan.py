@@ -53,6 +53,18 @@ def test_keys_and_values_by_hand() -> None:
     assert plan.copy_per_1000 == 1000 * 4096
 
 
+def test_keys_and_values_in_fp8_by_hand() -> None:
+    """Each vector of 256 or 512 has as many bytes and a scale of 4; what a pass copies is widened by way of float32."""
+    plan = memory_plan(RELEASED)
+    assert plan.kv_per_1000_fp8 == 1000 * FULL * 2 * 2 * (512 + 4)
+    assert plan.ring_fp8 == (1023 + 512) * SLIDING * 2 * 8 * (256 + 4)
+    assert plan.copy_per_1000_fp8 == 1000 * 2 * 512 * (2 + 2 + 4)
+    (tight,) = (fit for fit in memory_plan(RELEASED, cards=(26,)).fits if fit.format == "fp8")
+    left = 26 * 2**30 - RESERVE - tight.weights - sum(plan.workspace.values()) - plan.ring_fp8
+    assert 0 < tight.context < tight.context_fp8 == left // (FULL * 2064 + 8192) < 262_144
+    assert 0.50 < plan.kv_per_1000_fp8 / plan.kv_per_1000 < plan.ring_fp8 / plan.ring < 0.51
+
+
 def test_the_workspace_by_hand() -> None:
     rows = 512
     assert workspace(RELEASED, rows) == {
@@ -89,7 +101,17 @@ def test_info_prints_the_plan_of_a_config_alone(config_alone: Path, capsys: pyte
                                (("bf16", None), ("fp8", "fp8"), ("int4", "int4wo"))}  # fmt: skip
     assert main(["info", str(config_alone), "--plan"]) == 0
     text = capsys.readouterr().out
-    for words in ("weights, int4", "15.3 GB", "KV, 1,000 tokens", "20.5 MB", "24 GiB, bf16", "no", "not measured"):
+    for words in (
+        "weights, int4",
+        "15.3 GB",
+        "KV, 1,000 tokens",
+        "20.5 MB",
+        "KV, 1,000 tokens, fp8",
+        "10.3 MB",
+        "24 GiB, bf16",
+        "no",
+        "not measured",
+    ):
         assert words in text
     assert main(["info", str(config_alone)]) == 0
     assert "memory plan" not in capsys.readouterr().out
@@ -102,5 +124,12 @@ def test_a_dense_model_and_one_of_sliding_layers_have_a_plan() -> None:
         top_k_experts=0, expert_size=0, sliding_window=8, max_positions=128,
     )  # fmt: skip
     plan = memory_plan(config, cards=(24,))
-    assert plan.kv_per_1000 == plan.copy_per_1000 == plan.workspace["experts"] == 0
+    assert (
+        plan.kv_per_1000
+        == plan.copy_per_1000
+        == plan.kv_per_1000_fp8
+        == plan.copy_per_1000_fp8
+        == plan.workspace["experts"]
+        == 0
+    )
     assert {fit.context for fit in plan.fits} == {0}  # its context is shorter than a canvas: nothing fits in it

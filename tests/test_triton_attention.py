@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from test_triton_generate import REAL, no_fall_back, twins
 from torch import Tensor
-from triton_kit import CLOSE, DEVICE, DTYPES, NAN, Random, error, poisoned
+from triton_kit import CLOSE, DEVICE, DTYPES, NAN, Random, error, poisoned, same_row
 
+from dgemma import kernels
+from dgemma.cache import KVCache
+from dgemma.engine.runner import Runner
 from dgemma.kernels import reference, triton_attention
 from dgemma.kernels.triton_attention import Blocks
+from dgemma.kernels.vectors import round_vectors
 
 WINDOW = 20
 CANVAS = 13
@@ -73,6 +79,70 @@ def test_a_ring_is_read_where_it_lies(start: int, share: int) -> None:
     got = triton_attention.canvas_attention(q, k, v, old_k, old_v, start, WINDOW - 1)
     assert error(got, exact(q, torch.cat([before_k, k]), torch.cat([before_v, v]))) < 1e-5
     assert error(reference.canvas_attention(q, k, v, old_k, old_v, start, WINDOW - 1), got.cpu().double()) < 1e-5
+
+
+def codes(random: Random, slots: int, heads: int, dim: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`store` as e4m3 codes and scales, NaN in both where no token is; and in float64 the tokens they stand for."""
+    ring, tokens = store(random, slots, heads, dim, start, count)
+    (held, _), (told, scale) = round_vectors(ring), round_vectors(tokens)
+    scales = torch.full(ring.shape[:2], NAN, device=DEVICE)
+    scales[[(start + number) % slots for number in range(count)]] = scale
+    return held, scales, told.double() * scale.double()[..., None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("prefix", [0, 1, WINDOW - 1, WINDOW, 3 * WINDOW])
+def test_a_store_of_codes(prefix: int, dim: int, dtype: torch.dtype, share: int) -> None:
+    """Against float64 on the numbers that the codes stand for."""
+    random = Random(prefix + dim, dtype)
+    q, k, v = canvas(random, 4, 2, dim)
+    old_k, k_scale, before_k = codes(random, prefix + 3, 2, dim, 2, prefix)
+    old_v, v_scale, before_v = codes(random, prefix + 3, 2, dim, 2, prefix)
+    with poisoned():
+        got = triton_attention.canvas_attention(q, k, v, old_k, old_v, 2, prefix, (k_scale, v_scale))
+    expected = exact(q, torch.cat([before_k, k.double()]), torch.cat([before_v, v.double()]))
+    assert got.dtype is dtype and error(got, expected) < CLOSE[dtype]
+    plain = reference.canvas_attention(q, k, v, old_k, old_v, 2, prefix, (k_scale, v_scale))
+    # In bfloat16 the reference's products and weights are rounded once more.
+    assert error(plain, got.cpu().double()) < 2 * CLOSE[dtype]
+
+
+def test_a_ring_of_codes_is_read_where_it_lies() -> None:
+    random = Random(9)
+    q, k, v = canvas(random, 4, 2, 12)
+    for start in (0, 17, 29):
+        (old_k, k_scale, before_k), (old_v, v_scale, before_v) = (
+            codes(random, 30, 2, 12, start, WINDOW - 1) for _ in range(2)
+        )
+        # Scales may lie anyhow.
+        scales = k_scale.t().contiguous().t(), v_scale
+        got = triton_attention.canvas_attention(q, k, v, old_k, old_v, start, WINDOW - 1, scales)
+        expected = exact(q, torch.cat([before_k, k.double()]), torch.cat([before_v, v.double()]))
+        assert error(got, expected) < 1e-5
+
+
+def test_a_model_reads_the_codes_it_has_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A canvas behind a cache in FP8: all layers through the row, against the reference's ops on the same codes."""
+    ours, theirs = twins()
+    cache = KVCache(ours.config, DEVICE, torch.float32, 16, fp8=True)
+    ids = torch.randint(3, 100, (9,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with kernels.use(REAL):
+        runner = Runner(theirs)
+        runner.encode([(cache, list(range(3, 14)))])
+        (expected,) = runner.look([(cache, ids)])
+    calls: list[bool] = []
+    real = triton_attention._run
+
+    def watched(*args: Any) -> Tensor:
+        calls.append(args[8] is not None)
+        return real(*args)
+
+    monkeypatch.setattr(triton_attention, "_run", watched)
+    with no_fall_back():
+        (got,) = Runner(ours).look([(cache, ids)])
+    assert error(got, expected.cpu().double()) < 1e-4
+    assert calls == [True] * ours.config.num_layers
 
 
 @pytest.mark.parametrize("window", [None, 6, WINDOW])
@@ -147,7 +217,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     q, k, v = random(40, 4, 12), random(90, 2, 12), random(90, 2, 12)
     whole = triton_attention.attention(q, k, v)
     for rows in (slice(0, 1), slice(3, 20), slice(39, 40)):
-        assert torch.equal(triton_attention.attention(q[rows], k, v), whole[rows])
+        assert same_row(triton_attention.attention(q[rows], k, v), whole[rows])
 
 
 def test_what_spans_do_not_describe_takes_the_reference() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton_kit import DEVICE
 
-from dgemma.kernels import reference, scaled, triton_experts
+from dgemma.kernels import reference, scaled, triton_experts, tuning
 from dgemma.kernels.triton_experts import Blocks
 from dgemma.quant import make_format
 from dgemma.quant.protocol import stack_of
@@ -54,6 +54,12 @@ def case(tokens: int, top_k: int, count: int, inner: int, size: int, dtype: torc
     return normal(tokens, size, seed=2).to(dtype), weights, ids, gate_up.to(dtype), down.to(dtype)
 
 
+def small(*given: Any, blocks: Blocks = SMALL) -> Tensor:
+    """`triton_experts.experts` cut so that tiny inputs have several blocks."""
+    with tuning.trying("experts", blocks):
+        return triton_experts.experts(*given)
+
+
 def error(got: Tensor, want: Tensor) -> float:
     assert got.shape == want.shape and bool(got.isfinite().all())
     return float((got.double() - want.double()).norm() / want.double().norm())
@@ -71,7 +77,7 @@ SHAPES = ((37, 2, 5, 20, 50), (3, 2, 9, 64, 33), (1, 1, 1, 16, 16), (30, 4, 8, 1
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = case(*shape, dtype)
-    got = triton_experts.experts(*given, SMALL)
+    got = small(*given)
     assert got.dtype is dtype
     assert error(got, exact(*given)) < (1e-6 if dtype is torch.float32 else 2**-8)
 
@@ -92,6 +98,15 @@ def test_all_rows_on_one_expert(expert: int) -> None:
     assert error(triton_experts.experts(x, weights, ids, *stacks), exact(x, weights, ids, *stacks)) < 1e-6
 
 
+@pytest.mark.parametrize(("kind", "bound"), [("fp8", 6e-3), ("int4wo", 2**-8)])
+def test_all_rows_on_one_expert_in_fewer_bits(kind: str, bound: float) -> None:
+    x, weights, ids, *plain = case(35, 2, 3, 32, 64, torch.bfloat16)
+    ids = torch.full_like(ids, 1)
+    stacks = stacks_of(kind, *plain)
+    want = (fp8_exact if kind == "fp8" else exact)(x, weights, ids, dense(stacks[0]), dense(stacks[1]))
+    assert error(small(x, weights, ids, *stacks), want) < bound
+
+
 def test_inputs_with_gaps() -> None:
     x, weights, ids, gate_up, down = case(33, 2, 4, 20, 50, torch.float32)
     spread = torch.full((33, 100), float("nan"), device=DEVICE)
@@ -107,11 +122,11 @@ def test_a_bad_row_stays_alone() -> None:
     """NaN in one row, and in an expert that only this row is sent to, reaches no other row."""
     x, weights, ids, gate_up, down = case(20, 2, 5, 20, 50, torch.float32)
     ids = ids.clamp(max=3)
-    want = triton_experts.experts(x, weights, ids, gate_up, down, SMALL)
+    want = small(x, weights, ids, gate_up, down)
     x, ids, gate_up = x.clone(), ids.clone(), gate_up.clone()
     x[7], gate_up[4] = float("nan"), float("nan")
     ids[7] = 4
-    got = triton_experts.experts(x, weights, ids, gate_up, down, SMALL)
+    got = small(x, weights, ids, gate_up, down)
     others = torch.arange(20, device=DEVICE) != 7
     assert bool(got[7].isnan().all()) and torch.equal(got[others], want[others])
 
@@ -121,11 +136,11 @@ def test_a_row_has_the_same_bits_in_every_batch(kind: str) -> None:
     """Also under blocks of another number of rows or outputs: only that of inputs is part of a sum's order."""
     x, weights, ids, gate_up, down = case(36, 2, 3, 32, 48, torch.bfloat16)
     stacks = (gate_up, down) if kind == "plain" else stacks_of(kind, gate_up, down)
-    whole = triton_experts.experts(x, weights, ids, *stacks, SMALL)
+    whole = small(x, weights, ids, *stacks)
     for part in (slice(0, 1), slice(3, 10), slice(12, 36)):
-        assert torch.equal(triton_experts.experts(x[part], weights[part], ids[part], *stacks, SMALL), whole[part])
+        assert torch.equal(small(x[part], weights[part], ids[part], *stacks), whole[part])
     wide = Blocks(rows=64, outputs=128, inputs=16)
-    assert torch.equal(triton_experts.experts(x, weights, ids, *stacks, wide), whole)
+    assert torch.equal(small(x, weights, ids, *stacks, blocks=wide), whole)
 
 
 def test_the_list_of_rows() -> None:

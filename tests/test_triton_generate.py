@@ -13,11 +13,13 @@ from engine_kit import CANVAS, NO_REUSE, WINDOW, request, run, tiny_config, tiny
 from triton_kit import DEVICE, poisoned
 
 from dgemma import kernels
+from dgemma.bench.gpu_model import quantise
 from dgemma.engine import Engine
-from dgemma.kernels import reference
+from dgemma.kernels import reference, scaled
 from dgemma.kernels.triton_table import ROW
 from dgemma.model import DiffusionGemma
-from dgemma.model.device import DeviceStack
+from dgemma.model.device import DeviceStack, _Beside
+from dgemma.quant import fp8
 
 OPS = {
     "rms_norm", "linear", "heads", "attention", "canvas_attention", "geglu", "middle", "close", "choose", "experts",
@@ -84,10 +86,10 @@ def test_generate_equals_the_reference_with_no_fall_back(length: int, by_referen
     assert tokens(events) == tokens(by_reference[length]) and tokens(events)
     assert [type(event) for event in events] == [type(event) for event in by_reference[length]], "the same steps"
     assert set(calls) == OPS
-    layers, passes = model.config.num_layers, calls["close"] // model.config.num_layers
+    layers, passes = model.config.num_layers, calls["heads"] // model.config.num_layers
     assert calls["heads"] == calls["middle"] == calls["choose"] == calls["experts"] == layers * passes
-    assert calls["canvas_attention"] + calls["attention"] == layers * passes
-    assert calls["vocab"] == calls["canvas_attention"] // layers, "one a step"
+    assert calls["canvas_attention"] + calls["attention"] == calls["close"] > layers * passes, "halves of shared passes"
+    assert calls["vocab"] == calls["canvas_attention"] // layers == passes, "one a step, and no pass without"
 
 
 def test_several_requests_at_once_equal_the_reference() -> None:
@@ -131,6 +133,45 @@ def test_the_stack_equals_the_plain_layers(dtype: torch.dtype) -> None:
         assert ours.dtype is dtype
         bound = 1e-4 if dtype is torch.float32 else 0.1
         assert float((ours - theirs).abs().max()) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 9, 33])
+def test_fp8_products_of_the_same_rows_are_one(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the products apart; rows rounded once; the matrices keep views, so nothing is there twice."""
+    model = twins(dtype=dtype)[0]
+    quantise(model, "fp8")
+    attention = model.layers[0].attention  # type: ignore[union-attr]
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]  # type: ignore[union-attr, list-item]
+    x = torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows)).to(DEVICE, dtype)
+    rounded: list[int] = []
+    real = scaled.round_rows
+    with torch.inference_mode(), kernels.use(ROW):
+        apart = torch.cat([linear(x) for linear in linears], dim=-1)
+        beside = _Beside(linears)
+        monkeypatch.setattr(fp8, "round_rows", lambda x: (rounded.append(len(x)), real(x))[1])
+        together = beside(x)
+        assert rounded == [rows]
+        again = torch.cat([linear(x) for linear in linears], dim=-1)
+    if DEVICE.type == "cpu":
+        assert torch.equal(together, apart)
+    assert torch.equal(again, apart) and together.dtype is dtype
+    matrix = beside._matrix
+    assert isinstance(matrix, fp8.Fp8Matrix) and matrix.shape == (64, 24)
+    begin, step = matrix._codes.data_ptr(), matrix._codes.stride(0)
+    assert [linear.matrix._codes.data_ptr() for linear in linears] == [begin, begin + 32 * step, begin + 48 * step]
+    assert torch.equal(matrix.dense(), torch.cat([linear.matrix.dense() for linear in linears]))
+
+
+def test_matrices_of_unlike_kinds_are_not_one() -> None:
+    model = twins()[0]
+    mlp = model.layers[0].mlp  # type: ignore[union-attr]
+    quantise(model, "int8wo")
+    x = torch.randn(5, 24, device=DEVICE)
+    with torch.inference_mode(), kernels.use(ROW):
+        beside = _Beside([mlp.gate_proj, mlp.up_proj])  # type: ignore[union-attr, list-item]
+        want = torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], dim=-1)  # type: ignore[union-attr, operator]
+        assert beside._matrix is None and torch.equal(beside(x), want)
 
 
 def test_the_plain_layers_run_through_the_row_too() -> None:

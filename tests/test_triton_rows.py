@@ -138,6 +138,22 @@ def test_choose(count: int, top_k: int, dtype: torch.dtype) -> None:
         assert error(weights, exact) < 1e-5
 
 
+def test_numbers_of_a_row_that_lie_apart() -> None:
+    """What no product gives: the last axis is not the one without gaps."""
+    random, (cos, sin) = Random(5), tables(3, 8, torch.float32, 1.0)
+    packed, scores, both = random(48, 3).t(), random(9, 3).t(), random(10, 3).t()
+    norms = random(8), random(8)
+    for got, want in zip(
+        triton_rope.heads(packed, *norms, cos, sin, EPS, (4, 1), True),
+        triton_rope.heads(packed.contiguous(), *norms, cos, sin, EPS, (4, 1), True), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(got, want)
+    scale = random(9)
+    chosen, wanted = (triton_route.choose(x, scale, 2) for x in (scores, scores.contiguous()))
+    assert torch.equal(chosen[0], wanted[0]) and torch.equal(chosen[1], wanted[1])
+    assert torch.equal(triton_norms.geglu(both), triton_norms.geglu(both.contiguous()))
+
+
 def test_of_experts_alike_the_lowest_ids_are_chosen() -> None:
     weights, ids = triton_route.choose(torch.zeros(2, 9, device=DEVICE), torch.ones(9, device=DEVICE), 3)
     assert ids.tolist() == [[0, 1, 2]] * 2 and torch.allclose(weights, torch.full_like(weights, 1 / 3))

@@ -96,6 +96,8 @@ def attention(rows: int, dtype: torch.dtype) -> None:
         for stored in (1, 200, 4 * WINDOW):
             old = like(stored, keys, dim, dtype=dtype)
             triton_attention.canvas_attention(q, k, v, old, old, 0, stored)
+            codes, scale = like(stored, keys, dim, dtype=torch.float8_e4m3fn), like(stored, keys, dtype=torch.float32)
+            triton_attention.canvas_attention(q, k, v, codes, codes, 0, stored, (scale, scale))
             triton_attention.attention(q, old, old, None, like(rows, 2, dtype=torch.int64))
 
 

@@ -11,10 +11,9 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dgemma import kernels
-from dgemma.bench import gpu_parts
+from dgemma.bench import gpu_parts, gpu_tune
 from dgemma.bench.gpu_model import RELEASED, TINY, quantise, random_weights
 from dgemma.bench.gpu_peer import peer_of
 from dgemma.bench.gpu_report import chart
@@ -32,6 +31,7 @@ from dgemma.bench.runs import Ours, weight_bytes
 from dgemma.config import EngineConfig, ModelConfig
 from dgemma.engine import Engine
 from dgemma.errors import DgemmaError, RequestError
+from dgemma.kernels import tuning
 from dgemma.model import DiffusionGemma
 
 FORMATS: Mapping[str, str | None] = {"bf16": None, "fp8": "fp8", "int4": "int4wo"}
@@ -181,9 +181,11 @@ class GpuRun:
         first = self.settings.steps[0]
         yield f"{name}.weights", self._weights
         yield f"{name}.blocks", partial(self._blocks, name)
-        yield f"{name}.error", partial(self._error, name)
-        yield f"{name}.work", partial(self._work, name)
+        yield f"{name}.error", self._error
+        yield f"{name}.work", self._work
         yield f"{name}.steps{first}", partial(self._answers, name, first)
+        if not self.settings.tiny:  # a CPU records nothing
+            yield f"{name}.unrecorded{first}", partial(self._answers, name, first, graph_rows=0)
         yield f"{name}.parts", partial(self._watched, name)
         yield f"{name}.ar", partial(self._tokens, name)
         for steps in self.settings.steps[1:]:
@@ -195,44 +197,40 @@ class GpuRun:
         return {"gigabytes": weight_bytes(model) / 1e9}
 
     def _blocks(self, name: str, model: DiffusionGemma) -> dict[str, Any]:
-        """Ways to cut the experts' products, on this device."""
+        """Ways to cut the kernels' work on this device; the best of them serve from here on, also in other programs."""
         if "experts" not in self._row:
             raise DgemmaError("triton is not installed")
-        module = import_module("dgemma.kernels.triton_experts")
-        candidates = {str(asdict(blocks)): blocks for blocks in _candidates(module, name, self.settings.tiny)}
-        best, times = gpu_parts.try_blocks(
-            model, self._row, candidates, self.settings.width, 1 if self.settings.tiny else 7
-        )
-        return {"ms of a layer": times, "best": asdict(candidates[best])}
+        s, found, kept = self.settings, dict[str, Any](), list[tuple[str, tuning.Key, Any]]()
+        for trial in gpu_tune.trials(model, self._row, s.width, s.prompt_tokens, name != "bf16"):
+            self.say(f"{name}.blocks: {trial.about}")
+            found[trial.about], best = gpu_tune.tune(trial, self._device, s.tiny)
+            kept += best
+        # The times of an interpreter are no reason to change anything.
+        path = self.folder / "blocks.json" if s.tiny else tuning.user_file()
+        tuning.keep(path, self.state["device"], kept)
+        return {**found, "kept in": str(path)}
 
-    def _table(self, name: str) -> dict[str, Callable[..., Any]]:
-        """The Triton row, experts cut as was best here."""
-        best = self.state["parts"].get(f"{name}.blocks", {}).get("best")
-        if best is None:
-            return dict(self._row)
-        module = import_module("dgemma.kernels.triton_experts")
-        return {**self._row, "experts": partial(self._row["experts"], blocks=module.Blocks(**best))}
-
-    def _timed(self, name: str) -> dict[str, Callable[..., Any]]:
+    def _timed(self) -> dict[str, Callable[..., Any]]:
         """The row that is timed: interpreted kernels would take minutes, and their times say nothing."""
-        return {} if self.settings.tiny else self._table(name)
+        return {} if self.settings.tiny else self._row
 
-    def _error(self, name: str, model: DiffusionGemma) -> dict[str, Any]:
+    def _error(self, model: DiffusionGemma) -> dict[str, Any]:
         want: dict[str, Tensor] = torch.load(self.folder / OUTPUTS, weights_only=True)
-        with kernels.use(self._table(name)):
+        with kernels.use(self._row):
             return dict(gpu_parts.compare(gpu_parts.observe(model, self._prompt, self._canvas, want["soft"]), want))
 
-    def _work(self, name: str, model: DiffusionGemma) -> dict[str, Any]:
+    def _work(self, model: DiffusionGemma) -> dict[str, Any]:
         s = self.settings
         config = gpu_parts.fixed_config(s.steps[0], s.canvases, s.width, s.seed)
-        return gpu_parts.check_work(model, self._table(name), self._prompt, config, s.canvases)
+        return gpu_parts.check_work(model, self._row, self._prompt, config, s.canvases)
 
-    def _answers(self, name: str, steps: int, model: DiffusionGemma) -> dict[str, Any]:
+    def _answers(self, name: str, steps: int, model: DiffusionGemma, **engine: int) -> dict[str, Any]:
         s = self.settings
         config = gpu_parts.fixed_config(steps, s.canvases, s.width, s.seed)
-        with kernels.use(self._timed(name)):
-            side = Ours(Engine(model, EngineConfig(prefix_cache_tokens=0)))
-            found = gpu_parts.time_answers(side, self._prompt, config, s.canvases, s.repeats)
+        with kernels.use(self._timed()):
+            ours = Engine(model, EngineConfig(prefix_cache_tokens=0, **engine))
+            found = gpu_parts.time_answers(Ours(ours), self._prompt, config, s.canvases, s.repeats)
+        found["recorded steps"] = ours.graphs.replayed if ours.graphs else 0
         ceilings = self._ceilings()
         least = answer_ms(s.config, FORMATS[name], ceilings, s.prompt_tokens, s.canvases, s.width, steps)
         return {**found, **_share(least, 1000 * found["seconds"]["median"], s.canvases * s.width)}
@@ -240,7 +238,7 @@ class GpuRun:
     def _watched(self, name: str, model: DiffusionGemma) -> dict[str, Any]:
         s = self.settings
         config = gpu_parts.fixed_config(s.steps[0], 2 if s.tiny else s.canvases, s.width, s.seed)
-        with kernels.use(self._timed(name)):
+        with kernels.use(self._timed()):
             found = gpu_parts.watch_parts(model, self._prompt, config, 1 if s.tiny else 3)
         roof = step_roof(s.config, FORMATS[name], self._ceilings(), s.prompt_tokens, s.width)
         return {**found, "roofline of a step": {part: asdict(value) for part, value in roof.items()}}
@@ -249,7 +247,7 @@ class GpuRun:
         s = self.settings
         config = gpu_parts.fixed_config(s.steps[0], 1, s.width, s.seed)
         config = config.with_(mode="ar", temperature=0.0, max_new_tokens=s.tokens)
-        with kernels.use(self._timed(name)):
+        with kernels.use(self._timed()):
             found = gpu_parts.time_tokens(model, self._prompt, config, s.repeats)
         one = milliseconds(encode_roof(s.config, FORMATS[name], self._ceilings(), s.prompt_tokens, 1, head=True))
         return {**found, **_share(one, 1000 / found["tokens_per_second"]["median"], 1)}
@@ -300,19 +298,6 @@ def _with_model(measure: Callable[[DiffusionGemma], dict[str, Any]], holder: _Ho
 def triton_row() -> dict[str, Callable[..., Any]]:
     """The ops of a CUDA device, wherever they are to run; empty without triton."""
     return dict(kernels.row_of("cuda"))
-
-
-def _candidates(module: Any, name: str, tiny: bool) -> Sequence[Any]:
-    default = module.DEFAULT_BLOCKS["plain" if name == "bf16" else name]
-    if tiny:
-        return [default, module.Blocks(rows=16, outputs=32, inputs=32)]
-    other = asdict(default)
-    return [
-        default,
-        module.Blocks(**{**other, "outputs": 128}),
-        module.Blocks(**{**other, "rows": 16}),
-        module.Blocks(**{**other, "inputs": 2 * default.inputs, "stages": 3}),
-    ]
 
 
 def _share(least: float, took: float, tokens: int) -> dict[str, Any]:

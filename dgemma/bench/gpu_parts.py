@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from dgemma.errors import DgemmaError
 from dgemma.events import Committed, Event
 from dgemma.kernels.scaled import E4M3, product
 from dgemma.model import DiffusionGemma
-from dgemma.model.moe import Experts
 
 _ENGINE = EngineConfig(prefix_cache_tokens=0)
 
@@ -42,7 +40,7 @@ def measure_ceilings(device: torch.device, tiny: bool) -> tuple[Ceilings, dict[s
     count, size = (1 << 18, 64) if tiny else (1 << 30, 8192)
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copies = _timings(lambda: target.copy_(source), device, 1 if tiny else 10)
+    copies = timings(lambda: target.copy_(source), device, 1 if tiny else 10)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     calls: dict[str, Callable[[], object]] = {"bf16": lambda: torch.mm(a, b.t(), out=out)}
@@ -52,7 +50,7 @@ def measure_ceilings(device: torch.device, tiny: bool) -> tuple[Ceilings, dict[s
     rates = {}
     for kind, call in calls.items():
         try:
-            seconds = _timings(call, device, 1 if tiny else 10)
+            seconds = timings(call, device, 1 if tiny else 10)
         except RuntimeError as error:  # an older device has no product of e4m3 with such scales
             facts[kind] = {"missing": str(error).splitlines()[0]}
             continue
@@ -61,7 +59,7 @@ def measure_ceilings(device: torch.device, tiny: bool) -> tuple[Ceilings, dict[s
     return Ceilings(bandwidth=facts["copy"]["bytes_per_second"], rates=rates), facts
 
 
-def _timings(call: Callable[[], object], device: torch.device, inner: int, count: int = 7) -> list[float]:
+def timings(call: Callable[[], object], device: torch.device, inner: int, count: int = 7) -> list[float]:
     """Seconds of one call, `count` times the mean of `inner`."""
     call()
     seconds = []
@@ -103,7 +101,7 @@ def _draws(runner: Runner, rows: int) -> Draws:
         temperature=torch.full((rows,), 0.8, device=device),
         uniforms=torch.full((rows, blocks), 0.5, dtype=torch.float64, device=device),
         draw_temperature=torch.zeros(rows, device=device),
-        top_k=torch.zeros(rows, dtype=torch.int64, device=device),
+        top_k=None,
     )
 
 
@@ -210,32 +208,6 @@ def _answer(engine: Engine, prompt: Sequence[int], config: GenerationConfig) -> 
     engine.add(Request(prompt=tuple(prompt), config=config, reuse=False))
     while engine.has_work:
         yield from engine.tick()
-
-
-def try_blocks(
-    model: DiffusionGemma, row: kernels.Row, candidates: Mapping[str, Any], rows: int, count: int
-) -> tuple[str, dict[str, float]]:
-    """Milliseconds of a layer's experts under each way to cut them, and the fastest. All layers take turns."""
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    config, times = model.config, {}
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(rows, config.hidden_size, device=device, dtype=torch.float32, generator=generator).to(dtype)
-    scores = torch.rand(rows, config.num_experts, device=device, generator=generator)
-    weights, ids = scores.topk(config.top_k_experts)
-    ids, order = ids.sort(dim=-1)
-    weights = weights.gather(1, order)
-    layers = [module for module in model.modules() if isinstance(module, Experts)]
-    stacks = [one.matrices or (one.gate_up_proj, one.down_proj) for one in layers]
-
-    def sweep(blocks: Any) -> None:
-        for gate_up, down in stacks:
-            row["experts"](x, weights, ids, gate_up, down, blocks)
-
-    with torch.inference_mode():
-        for name, blocks in candidates.items():
-            seconds = _timings(partial(sweep, blocks), device, 1, count)
-            times[name] = 1000 * statistics.median(seconds) / len(stacks)
-    return min(times, key=lambda name: times[name]), times
 
 
 def fixed_config(steps: int, canvases: int, width: int, seed: int) -> GenerationConfig:

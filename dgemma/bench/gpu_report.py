@@ -48,6 +48,7 @@ def speeds(state: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]
     settings, found = state["settings"], []
     for name in settings["formats"]:
         labels = {f"steps{steps}": f"{steps} steps" for steps in sorted(settings["steps"])}
+        labels |= {f"unrecorded{steps}": f"{steps} steps, unrecorded" for steps in settings["steps"]}
         for part, label in {**labels, "ar": "autoregressive", "transformers": "transformers"}.items():
             if f"{name}.{part}" in state["parts"]:
                 found.append((name, label, state["parts"][f"{name}.{part}"]))

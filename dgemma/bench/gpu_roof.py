@@ -77,6 +77,28 @@ def step_roof(
     return roofs(denoise_ops(config, prefix, [width], _SIZE), name, ceilings)
 
 
+def shared_roof(
+    config: ModelConfig, name: str | None, ceilings: Ceilings, prefix: int, width: int
+) -> dict[str, PartRoof]:
+    """Of a step that also encodes the canvas before its own: products with the same weights read them once."""
+    clean = list(encode_ops(config, prefix, width, _SIZE))
+    ops = []
+    for op in denoise_ops(config, prefix + width, [width], _SIZE):
+        twin = next((other for other in clean if _same_weights(op, other)), None)
+        if twin is not None and isinstance(op.work, Product) and isinstance(twin.work, Product):
+            clean.remove(twin)
+            op = replace(op, work=replace(op.work, rows=op.work.rows + twin.work.rows))
+        ops.append(op)
+    return roofs([*ops, *clean], name, ceilings)
+
+
+def _same_weights(left: Op, right: Op) -> bool:
+    if not isinstance(left.work, Product) or not isinstance(right.work, Product):
+        return False
+    same = (left.part, left.name, left.count) == (right.part, right.name, right.count)
+    return same and (left.work.outputs, left.work.inputs) == (right.work.outputs, right.work.inputs)
+
+
 def encode_roof(
     config: ModelConfig, name: str | None, ceilings: Ceilings, prefix: int, rows: int, head: bool = False
 ) -> dict[str, PartRoof]:
@@ -91,13 +113,13 @@ def encode_roof(
 def answer_ms(
     config: ModelConfig, name: str | None, ceilings: Ceilings, prompt: int, canvases: int, width: int, steps: int
 ) -> float:
-    """Of canvases one after the other behind an encoded prompt: all steps, and passes that commit all but the last."""
+    """Of canvases one after the other behind an encoded prompt. The first step of each also commits the one before."""
     total = 0.0
     for canvas in range(canvases):
         prefix = prompt + canvas * width
-        total += steps * milliseconds(step_roof(config, name, ceilings, prefix, width))
-        if canvas < canvases - 1:
-            total += milliseconds(encode_roof(config, name, ceilings, prefix, width))
+        step = milliseconds(step_roof(config, name, ceilings, prefix, width))
+        first = milliseconds(shared_roof(config, name, ceilings, prefix - width, width)) if canvas else step
+        total += first + (steps - 1) * step
     return total
 
 

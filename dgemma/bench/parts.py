@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,9 +121,11 @@ class Stopwatch:
 
 @contextmanager
 def watching(engine: Engine, watch: Stopwatch) -> Iterator[None]:
-    """The engine's parts on a watch, and everything as it was afterwards."""
+    """The engine's parts on a watch, no pass of two kinds or recorded, and everything as it was afterwards."""
     runner = engine.runner
     with ExitStack() as stack:
+        stack.enter_context(replaced(engine, "config", replace(engine.config, fuse=False)))
+        stack.enter_context(replaced(engine, "graphs", None))
         for name in PASSES:
             stack.enter_context(replaced(runner, name, watch.wrap("rest", getattr(runner, name), name)))
         for owner, name, part in ((engine, "tick", "python"), (kernels, "vocab", "vocabulary"), *METHODS, *_DEVICE):

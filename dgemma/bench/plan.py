@@ -35,12 +35,16 @@ _TOKENS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One format on one card. `context` is the longest prompt and answer beside which all else fits; 0: none does."""
+    """One format on one card. `context` is the longest prompt and answer beside which all else fits; 0: none does.
+
+    `context_fp8` is the same with keys and values in FP8.
+    """
 
     card_gib: int
     format: str
     weights: int
     context: int
+    context_fp8: int
 
     @property
     def fits(self) -> bool:
@@ -49,13 +53,19 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bytes. `weights` by format; `ring` of keys and values that no context makes longer; `kv_per_1000` beside it."""
+    """Bytes. `weights` by format; `ring` of keys and values that no context makes longer; `kv_per_1000` beside it.
+
+    `_fp8`: with the engine's `kv_cache_dtype="fp8"`.
+    """
 
     weights: Mapping[str, int]
     ring: int
+    ring_fp8: int
     kv_per_1000: int
+    kv_per_1000_fp8: int
     workspace: Mapping[str, int]
     copy_per_1000: int
+    copy_per_1000_fp8: int
     reserve: int
     fits: tuple[Fit, ...]
 
@@ -65,31 +75,27 @@ class Plan:
 
 
 def memory_plan(config: ModelConfig, cards: Sequence[int] = CARDS) -> Plan:
-    """The plan of one request at a time, with keys and values in bfloat16."""
-    engine = EngineConfig()
-    rows = slack = max(engine.encode_chunk, max_canvas(config))  # what an engine of default settings takes on
-    window = config.sliding_window - 1 + slack
-    # From where on the rings are full, a token costs what the full layers keep of it.
-    ring_and_full = kv_bytes(config, torch.bfloat16, slack, window)
-    token = kv_bytes(config, torch.bfloat16, slack, window + 1) - ring_and_full
-    ring = ring_and_full - token * window
-    copied = _largest_layer(config)
+    """The plan of one request at a time, with keys and values in bfloat16, and in FP8 beside."""
+    rows = max(EngineConfig().encode_chunk, max_canvas(config))  # what an engine of default settings takes on
+    kinds = [_kept(config, rows, fp8) for fp8 in (False, True)]
     work = workspace(config, rows)
     weights = {name: weight_bytes(config, kind) for name, kind in FORMATS.items()}
     fits = []
     for card in cards:
         for name, size in weights.items():
-            left = card * 2**30 - RESERVE - size - sum(work.values()) - ring
-            per = token + copied
-            context = config.max_positions if not per else min(config.max_positions, left // per)
-            context = context if context >= config.canvas_length else 0
-            fits.append(Fit(card_gib=card, format=name, weights=size, context=context))
+            left = card * 2**30 - RESERVE - size - sum(work.values())
+            context, context_fp8 = (_context(config, left - kind.ring, kind.token + kind.copied) for kind in kinds)
+            fits.append(Fit(card_gib=card, format=name, weights=size, context=context, context_fp8=context_fp8))
+    plain, fp8 = kinds
     return Plan(
         weights=weights,
-        ring=ring,
-        kv_per_1000=token * _TOKENS,
+        ring=plain.ring,
+        ring_fp8=fp8.ring,
+        kv_per_1000=plain.token * _TOKENS,
+        kv_per_1000_fp8=fp8.token * _TOKENS,
         workspace=work,
-        copy_per_1000=copied * _TOKENS,
+        copy_per_1000=plain.copied * _TOKENS,
+        copy_per_1000_fp8=fp8.copied * _TOKENS,
         reserve=RESERVE,
         fits=tuple(fits),
     )
@@ -124,8 +130,27 @@ def workspace(config: ModelConfig, rows: int) -> dict[str, int]:
     }
 
 
-def _largest_layer(config: ModelConfig) -> int:
-    """Bytes a token of one full layer's keys and values, which a pass lays beside the canvas's own."""
-    return max(
-        (2 * layer.num_kv_heads * layer.head_dim * _SIZE for layer in config.layers if layer.kind == "full"), default=0
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """Bytes of keys and values: of the rings; of a token beside them; and of a token in what a pass copies."""
+
+    ring: int
+    token: int
+    copied: int
+
+
+def _kept(config: ModelConfig, slack: int, fp8: bool) -> _Kept:
+    window = config.sliding_window - 1 + slack
+    # From where on the rings are full, a token costs what the full layers keep of it.
+    ring_and_full = kv_bytes(config, torch.bfloat16, slack, window, fp8)
+    token = kv_bytes(config, torch.bfloat16, slack, window + 1, fp8) - ring_and_full
+    # A pass lays one full layer's keys and values beside its own. Codes are widened for it: when the values are, there
+    # are the keys in bfloat16, and the values in float32 and in bfloat16.
+    numbers = max((layer.num_kv_heads * layer.head_dim for layer in config.layers if layer.kind == "full"), default=0)
+    return _Kept(ring=ring_and_full - token * window, token=token, copied=numbers * (2 * _SIZE + (4 if fp8 else 0)))
+
+
+def _context(config: ModelConfig, left: int, per_token: int) -> int:
+    """Tokens that `left` bytes hold; 0 if not even a canvas."""
+    tokens = config.max_positions if not per_token else min(config.max_positions, left // per_token)
+    return tokens if tokens >= config.canvas_length else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -24,7 +24,8 @@ class Run:
     """One answer, from ids to ids.
 
     `step_seconds` are of whole denoising steps, sampler and stop rule included, without the first of each canvas:
-    that one has no self-conditioning, and starts the canvas. `later_encodes` are encode passes after the prompt's.
+    that one has no self-conditioning, and starts the canvas. `later_encodes` are encode passes after the prompt's, also
+    those that are a denoise pass as well.
     `cpu_seconds` is the process's time on all cores, which other programs disturb less than `seconds`.
     """
 
@@ -64,7 +65,10 @@ class Side(Protocol):
 
 
 class Ours:
-    """dgemma's engine, ticked in the caller's thread, with a stopwatch on its encode passes while it runs."""
+    """dgemma's engine, ticked in the caller's thread, with a stopwatch on its encode passes while it runs.
+
+    The prompt is timed apart, so none of its passes is shared with a step (`EngineConfig.fuse`); later ones are.
+    """
 
     name = "dgemma"
 
@@ -72,31 +76,37 @@ class Ours:
         self._engine = engine
 
     def run(self, prompt: Sequence[int], config: GenerationConfig) -> Run:
-        with _EncodeClock(self._engine.runner) as clock:
-            return self._run(prompt, config, clock)
+        usual = self._engine.config
+        try:
+            with _EncodeClock(self._engine.runner) as clock:
+                return self._run(prompt, config, clock)
+        finally:
+            self._engine.config = usual
 
     def _run(self, prompt: Sequence[int], config: GenerationConfig, clock: _EncodeClock) -> Run:
         engine = self._engine
         tokens, canvases, steps = 0, 0, list[float]()
-        denoised, first = engine.counters.denoise_passes, True
+        before_all, usual, first = engine.counters, engine.config, True
         cpu, begun = time.process_time(), time.perf_counter()
         now = begun
         engine.add(Request(prompt=tuple(prompt), config=config, reuse=False))
         while engine.has_work:
+            engine.config = replace(usual, fuse=usual.fuse and clock.tokens >= len(prompt))
             passes, stepped = len(clock.passes), engine.counters.denoise_passes
             events = engine.tick()
             before, now = now, time.perf_counter()
-            if engine.counters.denoise_passes > stepped:
+            if taken := engine.counters.denoise_passes - stepped:  # several where they are recorded
                 encoding = sum(seconds for _, seconds in clock.passes[passes:])
                 if not first:
-                    steps.append(now - before - encoding)
+                    steps += [(now - before - encoding) / taken] * taken
                 first = False
             for event in events:
                 if isinstance(event, Committed):
                     tokens, canvases, first = tokens + len(event.tokens), canvases + 1, True
         cpu = time.process_time() - cpu
         prompt_passes = clock.passes_for(len(prompt))
-        denoised = engine.counters.denoise_passes - denoised
+        denoised = engine.counters.denoise_passes - before_all.denoise_passes
+        shared = engine.counters.shared_passes - before_all.shared_passes
         return Run(
             prompt_tokens=len(prompt),
             tokens=tokens,
@@ -105,7 +115,7 @@ class Ours:
             prompt_seconds=sum(seconds for _, seconds in clock.passes[:prompt_passes]),
             step_seconds=tuple(steps),
             denoise_passes=denoised,
-            later_encodes=len(clock.passes) - prompt_passes,
+            later_encodes=len(clock.passes) - prompt_passes + shared,
             canvases=canvases if denoised else 0,
         )
 
@@ -139,6 +149,10 @@ class _EncodeClock:
 
     def __exit__(self, *error: object) -> None:
         del vars(self._runner)["encode"]
+
+    @property
+    def tokens(self) -> int:
+        return sum(size for size, _ in self.passes)
 
     def passes_for(self, tokens: int) -> int:
         """How many of the passes it took to encode the first `tokens`."""

@@ -13,6 +13,7 @@ NAME = "gpu"
 HELP = "random weights of the released shape on one GPU, against its roofline"
 DESCRIPTION = (
     "Writes gpu.json and gpu.svg into a folder after every part; the same command again measures what is missing. "
+    "The fastest block sizes go into the user's cache, where generate and serve find them. "
     "With --tiny on a CPU, to show that it works."
 )
 

@@ -213,15 +213,22 @@ def _plan_sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, s
         "KV, sliding layers": plan["ring"],
         "KV, 1,000 tokens": plan["kv_per_1000"],
         "copy of a layer's, 1,000": plan["copy_per_1000"],
+        "KV, sliding layers, fp8": plan["ring_fp8"],
+        "KV, 1,000 tokens, fp8": plan["kv_per_1000_fp8"],
+        "copy, 1,000, fp8": plan["copy_per_1000_fp8"],
         "workspace": sum(plan["workspace"].values()),
         "reserve (assumed)": plan["reserve"],
     }
-    fits = [
-        (f"{fit['card_gib']} GiB, {fit['format']}", f"fits, up to {fit['context']:,} tokens" if fit["fits"] else "no")
-        for fit in plan["fits"]
-    ]
-    title = "memory plan (one request, keys and values in bfloat16; computed, not measured)"
+    fits = [(f"{fit['card_gib']} GiB, {fit['format']}", _reach(fit)) for fit in plan["fits"]]
+    title = "memory plan (one request, keys and values (KV) in bfloat16 or fp8; computed, not measured)"
     return [(title, [(name, human_bytes(size)) for name, size in sizes.items()]), ("cards", fits)]
+
+
+def _reach(fit: Mapping[str, Any]) -> str:
+    if not fit["fits"]:
+        return "no"
+    more = "" if fit["context_fp8"] == fit["context"] else f" (KV in fp8: {fit['context_fp8']:,})"
+    return f"fits, up to {fit['context']:,} tokens{more}"
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:

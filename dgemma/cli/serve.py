@@ -15,6 +15,7 @@ from dgemma.cli.arguments import add_loading, settings_of
 from dgemma.cli.output import note, write
 from dgemma.cli.running import load
 from dgemma.config import EngineConfig
+from dgemma.config.engine import KV_CACHE_DTYPES
 from dgemma.errors import ConfigError
 from dgemma.settings import Settings
 
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--max-rows", type=int, default=64, metavar="N", help="answers that advance together (64)")
     group.add_argument("--kv-bytes", type=int, default=0, metavar="BYTES", help="of keys and values; 0: no limit")
+    group.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", metavar="{auto,fp8}", help="how they are kept"
+    )
     group = parser.add_argument_group("more than one")
     group.add_argument("--replicas", type=int, metavar="N", help="copies of the model, on Ray Serve")
     group.add_argument("--max-replicas", type=int, metavar="N", help="scale up to so many under load")
@@ -128,6 +132,7 @@ def _engine(arguments: argparse.Namespace, config: ServerConfig) -> EngineConfig
         usual,
         max_batch_rows=arguments.max_rows,
         kv_bytes=arguments.kv_bytes,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         max_requests=max(usual.max_requests, held),
     )
 
@@ -176,6 +181,7 @@ def _serve_vllm(arguments: argparse.Namespace, settings: Settings, config: Serve
         "address": None,
         "max_rows": 64,
         "kv_bytes": 0,
+        "kv_cache_dtype": "auto",
         "allowed_host": [],
     }
     for name, value in usual.items():

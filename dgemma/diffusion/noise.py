@@ -13,6 +13,9 @@ from torch import Tensor
 from dgemma.kernels import DRAW_BLOCK
 from dgemma.kernels.random import Stream, uniform, uniform_tokens
 
+Word = int | Tensor
+"""A number, or for R canvases at once a tensor `[R, 1]` (`[R, 1, 1]` for `draw_uniforms`): results begin with `[R]`."""
+
 _TOKEN, _CHOICE = 0, 1  # the `block` word of the RENOISE stream: the fresh token, and the sampler's uniform
 
 
@@ -24,10 +27,10 @@ def first_canvas(
 
 
 def step_noise(
-    seed: int,
-    choice: int,
-    canvas: int,
-    step: int,
+    seed: Word,
+    choice: Word,
+    canvas: Word,
+    step: Word,
     width: int,
     vocab: int,
     device: torch.device | str = "cpu",
@@ -41,10 +44,10 @@ def step_noise(
 
 
 def draw_uniforms(
-    seed: int,
-    choice: int,
-    canvas: int,
-    step: int,
+    seed: Word,
+    choice: Word,
+    canvas: Word,
+    step: Word,
     width: int,
     vocab: int,
     device: torch.device | str = "cpu",

@@ -70,3 +70,18 @@ class DenoiseAttend:
         for cache, span in self._segments:
             out.append(kernels.canvas_attention(q[span], k[span], v[span], *cache.stored(layer)))
         return torch.cat(out)
+
+
+class SharedAttend:
+    """The first `clean` rows as `encode` says, then the others as `denoise` does.
+
+    So a canvas may see the keys and values that the same pass has just stored (`KVCache.ahead`).
+    """
+
+    def __init__(self, encode: EncodeAttend, denoise: DenoiseAttend, clean: int) -> None:
+        self._encode, self._denoise, self._clean = encode, denoise, clean
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        clean, noisy = slice(self._clean), slice(self._clean, None)
+        stored = self._encode(layer, q[clean], k[clean], v[clean])
+        return torch.cat([stored, self._denoise(layer, q[noisy], k[noisy], v[noisy])])

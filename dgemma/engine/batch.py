@@ -28,7 +28,7 @@ class CanvasBatch:
 
     def __init__(self, states: Sequence[State], vocab: int, device: torch.device) -> None:
         self._vocab, self._device = vocab, device
-        self._states, self._configs = states, [state.config for state in states]
+        self.states, self._configs = states, [state.config for state in states]
         self.canvases: list[Canvas] = []
         for state in states:
             assert state.canvas is not None
@@ -48,12 +48,13 @@ class CanvasBatch:
             draw_uniforms(config.seed, config.choice, canvas.index, canvas.step, width, self._vocab, self._device)
             for config, canvas, width in keys
         ]
+        limited = any(config.top_k for config in self._configs)  # to look on the device would wait for it
         return Draws(
             temperature=self._packed(self.temperature),
             uniforms=torch.cat(uniforms),
             draw_temperature=self._packed(self._column([c.temperature for c in self._configs], torch.float32)),
-            top_k=self._packed(self._column([c.top_k for c in self._configs], torch.int64)),
-            shapes=[shapes(state, self._vocab, self._device) for state in self._states],
+            top_k=self._packed(self._column([c.top_k for c in self._configs], torch.int64)) if limited else None,
+            shapes=[shapes(state, self._vocab, self._device) for state in self.states],
             pins=self._pins(),
         )
 

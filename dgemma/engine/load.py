@@ -38,6 +38,8 @@ class Load:
     denoise_passes: int = 0
     denoise_rows: int = 0
     denoised_tokens: int = 0
+    shared_passes: int = 0
+    """Passes that are counted both as an encode and as a denoise pass; `EngineConfig.fuse`."""
     prefix_hits: int = 0
     prefix_misses: int = 0
     prefix_reused_tokens: int = 0

@@ -1,4 +1,5 @@
-"""The engine: requests in, events out, one tick at a time. A tick is at most one encode and one denoise pass.
+"""The engine: requests in, events out, one tick at a time. A tick is at most one encode and one denoise pass, which
+may be one and the same.
 
 Batching is per step: canvases at different steps, of different widths, samplers and settings share a pass,
 requests join and leave between ticks, and nobody waits for the slowest. One thread at a time may tick.
@@ -6,34 +7,33 @@ requests join and leave between ticks, and nobody waits for the slowest. One thr
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from hashlib import blake2b
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from dgemma.cache import KVCache, PrefixCounters, PrefixStore, kv_bytes
+from dgemma.cache import KVCache, PrefixCounters, PrefixStore
 from dgemma.config import EngineConfig
-from dgemma.diffusion.finalise import finalise
-from dgemma.diffusion.protocol import Stats, Step
 from dgemma.engine.batch import CanvasBatch
-from dgemma.engine.confidence import confidence
+from dgemma.engine.chunks import Chunks
+from dgemma.engine.commit import commit, conclude, draft
 from dgemma.engine.drafting import Drafting
-from dgemma.engine.hooked import obey, settled, step_view
+from dgemma.engine.graphs import CudaRecorder, Graphs, Record
+from dgemma.engine.hooked import obey, step_view
 from dgemma.engine.load import Load, Totals
+from dgemma.engine.memory import Memory, most_tokens
 from dgemma.engine.pace import Costs, Pace
-from dgemma.engine.request import Request, State, max_canvas, validate
-from dgemma.engine.runner import Counters, Runner
-from dgemma.engine.scheduler import parts, plan_denoise, plan_encode, whole_chunk
+from dgemma.engine.request import Request, State, validate
+from dgemma.engine.runner import Counters, Prediction, Runner
+from dgemma.engine.scheduler import plan_denoise, plan_encode, plan_shared, whole_chunk
 from dgemma.engine.scoring import Scoring, score
-from dgemma.engine.verified import by_draws, catch_up, judge, propose, settle
+from dgemma.engine.verified import by_draws, catch_up, judge, settle
 from dgemma.errors import CapacityError, ConfigError, RequestError
-from dgemma.events import Committed, Draft, Event, Finished, Scored
+from dgemma.events import Event, Finished, Scored
 from dgemma.model import DiffusionGemma
 
 _DEFAULT = EngineConfig()
@@ -58,6 +58,7 @@ class Engine:
         prefixes: PrefixStore | None = None,
         identity: str = "",
         drafter: DiffusionGemma | None = None,
+        record: Record | None = None,
     ) -> None:
         self.config, self.model_config = config, model.config
         self.runner = Runner(model)
@@ -65,20 +66,19 @@ class Engine:
         sizes = model.config.vocab_size, self.drafter.model.config.vocab_size
         if sizes[0] != sizes[1]:
             raise ConfigError(f"a drafter needs the model's vocabulary of {sizes[0]} tokens, got one of {sizes[1]}")
-        self.prefixes = prefixes or PrefixStore(config.prefix_cache_tokens, config.block)
-        if self.prefixes.block != config.block:
-            raise ConfigError(f"the engine needs a prefix store of blocks of {config.block}, got {self.prefixes.block}")
-        which = identity.encode() or os.urandom(16)
-        named = f"{model.config} {self.runner.dtype} {self.runner.device} {config.block}".encode()
-        self._root = blake2b(which + b"\0" + named, digest_size=16).digest()
+        self._memory = Memory(self.runner, self.drafter, config, prefixes, identity)
+        self.prefixes = self._memory.prefixes
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, State] = {}
         self._next_id = 0
         self._turn = count(1)
-        self._kv_reserved = 0
         self.faults: dict[int, RequestError] = {}
         """Why requests were aborted whose hook failed; whoever ticks takes them out."""
         self._pace = Pace(Costs(config.canvas_cost))
+        if record is None and self.runner.records:
+            record = CudaRecorder()
+        lanes = record is not None and config.graph_rows
+        self.graphs = Graphs(self.runner, config, self.new_cache, record) if record and lanes else None
         self._totals = Totals()
         self._load = Load(kv_limit=config.kv_bytes)
 
@@ -135,9 +135,8 @@ class Engine:
 
     def tick(self) -> list[Event]:
         """Encode what is pending, then take a denoising step; the events of both in order."""
-        while self._waiting and len(self._running) < self.config.max_batch_rows and self._fits(self._waiting[0][1]):
-            self._admit(*self._waiting.popleft())
-        events = [*self._timed("encode", self._encode), *self._timed("denoise", self._denoise)]
+        self._admit()
+        events = self._passes()
         self._totals.events(events)
         self._snapshot()
         return events
@@ -157,35 +156,17 @@ class Engine:
 
     def kv_bytes(self, request: Request) -> int:
         """Bytes of keys and values that a request may need at most: its prompt and its whole budget."""
-        return sum(
-            kv_bytes(runner.model.config, runner.dtype, self._slack, _most_tokens(request))
-            for runner in self._runners(request)
-        )
+        return self._memory.need(request)
 
-    def _runners(self, request: Request) -> set[Runner]:
-        """Who keeps keys and values for a request."""
-        return {self.runner, self.drafter} if request.config.mode == "verified" else {self.runner}
-
-    def new_cache(self, most: int | None = None, runner: Runner | None = None) -> KVCache:
-        """An empty cache for the engine's model (or that of `runner`) and, if given, at `most` that many tokens."""
-        own = runner or self.runner
-        return KVCache(own.model.config, own.device, own.dtype, self._slack, most)
-
-    @property
-    def _slack(self) -> int:
-        """Covers the widest canvas and the longest chunk."""
-        return max(self.config.encode_chunk, max_canvas(self.model_config), max_canvas(self.drafter.model.config))
-
-    def _fits(self, request: Request) -> bool:
-        """Whether memory allows it now. Later ones wait behind it, or a large request would never get its turn."""
-        limit = self.config.kv_bytes
-        return not limit or self._kv_reserved + self.kv_bytes(request) <= limit
+    def new_cache(self, most: int | None = None) -> KVCache:
+        """An empty cache for the engine's model and, if given, at `most` that many tokens."""
+        return self._memory.new_cache(most)
 
     def _snapshot(self) -> None:
         prefix = self.prefixes.counters
         self._load = Load(
             running=len(self._running),
-            kv_reserved=self._kv_reserved,
+            kv_reserved=self._memory.reserved,
             kv_limit=self.config.kv_bytes,
             prefix_tokens=self.prefixes.tokens,
             prefix_hits=prefix.hits,
@@ -195,62 +176,81 @@ class Engine:
             **asdict(self.counters),
         )
 
-    def _admit(self, number: int, request: Request) -> None:
-        cache, size = self.new_cache(_most_tokens(request)), self.kv_bytes(request)
-        state = State(number, request, cache, list(request.prompt), next(self._turn), size)
-        if request.reuse and self.config.prefix_cache_tokens:
-            # The next token's distribution comes from encoding the last one: who needs it must leave that to do.
-            usable = request.prompt[: len(request.prompt) - request.starts_from_last]
-            state.cached_tokens = state.whole = self.prefixes.take(self._root, usable, state.cache)
-        if request.config.mode == "verified":
-            # Drawn drafts shape the answer, which may depend neither on others nor on a clock.
-            alone = by_draws(request.config)
-            state.drafting = Drafting(Pace(Costs(self.config.canvas_cost or _CANVAS_COST)) if alone else self._pace)
-            if self.drafter is not self.runner:
-                state.draft_cache = self.new_cache(_most_tokens(request), self.drafter)
-        self._running[number] = state
-        self._kv_reserved += size
-        self._totals.admit(len(request.prompt))
+    def _admit(self) -> None:
+        """Who waits becomes a running request. No one passes a large one that waits for room, or it would for ever."""
+        while self._waiting and len(self._running) < self.config.max_batch_rows:
+            if not self._memory.fits(self._waiting[0][1]):
+                return
+            number, request = self._waiting.popleft()
+            lane = self.graphs.admit(number, request, most_tokens(request)) if self.graphs else None
+            state = self._running[number] = self._memory.admit(number, request, next(self._turn), lane)
+            if request.config.mode == "verified":
+                # Drawn drafts shape the answer, which may depend neither on others nor on a clock.
+                alone = by_draws(request.config)
+                state.drafting = Drafting(Pace(Costs(self.config.canvas_cost or _CANVAS_COST)) if alone else self._pace)
+            self._totals.admit(len(request.prompt))
 
-    def _encode(self) -> list[Event]:
-        states = plan_encode(self._running.values(), self.config)
+    def _passes(self) -> list[Event]:
+        """An encode and a denoise pass, or one for both where nothing of the second hangs on the end of the first; and
+        recorded steps of the canvases that take those.
+        """
+        running = list(self._running.values())
+        recorded = [state for state in running if self.graphs and self.graphs.serves(state)]
+        rest = [state for state in running if state not in recorded]
+        encoding = plan_encode(rest, self.config)
+        for state in encoding:
+            state.turn = next(self._turn)
+        shared = plan_shared(rest, encoding, self.model_config, self.config) if encoding and self.config.fuse else []
+        if shared:
+            events = self._both(encoding, shared)
+        else:
+            events = self._timed("encode", lambda: self._encode(encoding))
+            events += self._timed("denoise", lambda: self._denoise(rest))
+        return events + self._replay(recorded, alone=not rest and not self._waiting)
+
+    def _replay(self, states: Sequence[State], alone: bool) -> list[Event]:
+        """Recorded steps of `states`, more than one if they are `alone`."""
+        events: list[Event] = []
+        for state, stats, step, stable in self.graphs.run(states, alone) if self.graphs else ():
+            # Who needs hidden states takes no recorded steps.
+            committed = conclude(state, stats, step, 0, stable, stats.entropy, self.runner, self.drafter)
+            events += [committed, *self._end(state)] if committed else []
+        return events
+
+    def _both(self, encoding: Sequence[State], denoising: Sequence[State]) -> list[Event]:
+        chunks, (batch, jobs) = self._chunks(encoding), self._canvases(self.runner, denoising)
+        softs = [canvas.soft for canvas in batch.canvases]
+        hidden, out = self.runner.both(chunks.jobs, jobs, softs, batch.draws())
+        return [*self._encoded(chunks, hidden), *self._stepped(batch, jobs, out)]
+
+    def _encode(self, states: Sequence[State]) -> list[Event]:
         if not states:
             return []
+        chunks = self._chunks(states)
+        return self._encoded(chunks, self.runner.encode(chunks.jobs))
+
+    def _chunks(self, states: Sequence[State]) -> Chunks:
         self._totals.encode_rows += len(states)
-        jobs: list[tuple[KVCache, Sequence[int]]] = []
-        cuts = [parts(state, self.config) for state in states]
-        for state, counts in zip(states, cuts, strict=True):
-            state.turn = next(self._turn)
-            state.encode_passes += state.cache.length >= len(state.request.prompt)
-            tokens = [*state.ids[state.cache.length :], *state.drafted]
-            for cache, size in zip(state.cache.segments(counts), counts, strict=True):
-                begin = cache.length - state.cache.length
-                jobs.append((cache, tokens[begin : begin + size]))
-        rest = iter(self.runner.encode(jobs))
-        hidden = [[next(rest) for _ in counts] for counts in cuts]
+        return Chunks(states, self.config)
+
+    def _encoded(self, chunks: Chunks, hidden: Sequence[Tensor]) -> list[Event]:
+        """After a pass over `chunks`, of which `hidden` are the states of all parts."""
         events: list[Event] = []
-        for state, counts, rows in zip(states, cuts, hidden, strict=True):
+        drawing, last = list[State](), list[Tensor]()
+        for state, counts, rows in chunks.finish(hidden):
             begin = state.cache.length
-            self._advance(state, counts)
+            self._memory.advance(state, counts)
             if state.scoring:
-                events += self._score(state, state.scoring, begin, torch.cat(rows))
-        pairs = zip(states, hidden, strict=True)
-        last = [rows[-1][-1 - len(state.drafted) :] for state, rows in pairs if _draws_next(state)]
-        return events + (self._extend([state for state in states if _draws_next(state)], last) if last else [])
+                events += self._score(state, state.scoring, begin, torch.cat(list(rows)))
+            if _draws_next(state):
+                drawing.append(state)
+                last.append(rows[-1][-1 - len(state.drafted) :])
+        return events + (self._extend(drawing, last) if drawing else [])
 
     def _score(self, state: State, scoring: Scoring, begin: int, hidden: Tensor) -> list[Event]:
         """Log-probabilities of what a pass encoded from position `begin` on, once its canvas is encoded to the end."""
         scoring.encode(self.runner, state.ids, begin, hidden)
         return [scoring.take(state.id), *self._end(state)] if scoring.owed and not state.pending else []
-
-    def _advance(self, state: State, counts: Sequence[int]) -> None:
-        """Make what a pass encoded part of the cache, and keep its whole blocks for others."""
-        aligned = state.whole == state.cache.length and not state.drafted
-        state.cache.advance(sum(counts))
-        fresh = counts.count(self.config.block) * self.config.block if aligned else 0
-        state.whole += fresh
-        if fresh and state.request.reuse:
-            self.prefixes.put(self._root, state.ids[: state.whole], state.cache)
 
     def _extend(self, states: Sequence[State], last: Sequence[Tensor]) -> list[Event]:
         """What the encoder writes next, from the hidden states `[n + 1, H]` of a last token and n drafted ones."""
@@ -258,7 +258,7 @@ class Engine:
         for state, verdict in zip(states, judge(self.runner, self.drafter, states, last), strict=True):
             number, asked, proposal = state.commits, state.request.logprobs, state.drafting and state.drafting.proposal
             steps, stop = (proposal.steps, proposal.stop) if proposal else (0, "ar")
-            committed = self._commit(state, number, verdict.tokens, steps, stop)
+            committed = commit(state, number, verdict.tokens, steps, stop)
             settle(state, committed.tokens, self.drafter.model.config, len(self._running))
             events.append(committed)
             if asked is not None:
@@ -268,11 +268,9 @@ class Engine:
             events += self._end(state)
         return events
 
-    def _denoise(self) -> list[Event]:
-        states = plan_denoise(self._running.values(), self.model_config, self.config)
-        if not states:
-            return []
-        self._totals.denoise_rows += len(states)
+    def _denoise(self, ready: Sequence[State]) -> list[Event]:
+        left = [state for state in ready if state.id in self._running]  # an encode pass may have ended some
+        states = plan_denoise(left, self.model_config, self.config)
         others = [state for state in states if state.draft_cache is not None]
         catch_up(self.drafter, others, whole_chunk(self.config))
         rest = [state for state in states if state.draft_cache is None]
@@ -280,20 +278,26 @@ class Engine:
 
     def _step(self, runner: Runner, states: Sequence[State]) -> list[Event]:
         """A step of the canvases of `states`, all by the same model."""
+        batch, jobs = self._canvases(runner, states)
+        out = runner.denoise(jobs, [canvas.soft for canvas in batch.canvases], batch.draws())
+        return self._stepped(batch, jobs, out)
+
+    def _canvases(self, runner: Runner, states: Sequence[State]) -> tuple[CanvasBatch, list[tuple[KVCache, Tensor]]]:
+        """The canvases that take a step, new ones begun, and what a pass gets of them."""
+        self._totals.denoise_rows += len(states)
         for state in states:
             state.turn = next(self._turn)
             if state.canvas is None:
                 state.start_canvas(runner.model.config, runner.device)
         batch = CanvasBatch(states, self.model_config.vocab_size, self.runner.device)
-        jobs = [
-            ((state.draft_cache or state.cache).before(len(state.ids) - canvas.lead), canvas.ids)
-            for state, canvas in zip(states, batch.canvases, strict=True)
-        ]
-        out = runner.denoise(jobs, [canvas.soft for canvas in batch.canvases], batch.draws())
+        return batch, [(_prefix(state), canvas.ids) for state, canvas in zip(states, batch.canvases, strict=True)]
+
+    def _stepped(self, batch: CanvasBatch, jobs: Sequence[tuple[KVCache, Tensor]], out: Prediction) -> list[Event]:
+        """After a pass over the canvases of `batch`."""
         stats, steps, stable = batch.finish(out)
         hidden = out.hidden.split(batch.widths)
         events: list[Event] = []
-        for row, state in enumerate(states):
+        for row, state in enumerate(batch.states):
             if state.control.hook is not None:
                 try:
                     view = step_view(state, jobs[row][1], stats, steps[row], row, self.model_config.vocab_size)
@@ -303,52 +307,11 @@ class Engine:
                     events.append(self._finish(state, "abort"))
                     continue
             if state.request.watch:
-                events.append(_draft(state, stats, steps[row], row, float(batch.temperature[row])))
-            events += self._after_step(state, stats, steps[row], row, stable[row], hidden[row])
+                events.append(draft(state, stats, steps[row], row, float(batch.temperature[row])))
+            committed = conclude(state, stats, steps[row], row, stable[row], hidden[row], self.runner, self.drafter)
+            if committed:
+                events += [committed, *self._end(state)]
         return events
-
-    def _after_step(
-        self, state: State, stats: Stats, step: Step, row: int, stable: bool, hidden: Tensor
-    ) -> list[Event]:
-        canvas = state.canvas
-        assert canvas is not None
-        if canvas.step > 0 and not stable and not canvas.ended:
-            return []
-        taken = state.config.max_denoising_steps - canvas.step
-        if state.drafting:
-            propose(state, canvas, stats.argmax[row], hidden, taken, "stable" if stable else "cap", self.drafter)
-            return []
-        # HF commits the argmax; JAX commits the sampled and renoised canvas.
-        final = argmax = stats.argmax[row, : canvas.width]
-        if state.config.convention == "jax":
-            # Fresh noise may hit a banned token, which is committed by nobody.
-            final = torch.where(canvas.bans(step.canvas, state.config.stop_tokens), argmax, step.canvas)
-        if state.control.hook is not None:
-            final = settled(state, final, hidden, self.runner)
-        state.steps.append(taken)
-        state.canvas = None
-        stop = "hook" if canvas.ended else "stable" if stable else "cap"
-        committed = self._commit(state, canvas.index, final.tolist(), taken, stop, canvas.reach)
-        sure = confidence(canvas.changes, stats, row, len(committed.tokens), canvas.pins)
-        committed = replace(committed, **sure)
-        if state.scoring:
-            state.scoring.commit(self.runner, canvas.index, committed.tokens, hidden)
-        return [committed, *self._end(state)]
-
-    def _commit(
-        self, state: State, canvas: int, tokens: Sequence[int], steps: int, stop: str, reach: int = 0
-    ) -> Committed:
-        """Make tokens final: cut at the first end token from place `reach` on (it stays) and at the budget."""
-        kept, ended = finalise(tokens[reach:], state.config.stop_tokens)
-        kept = (*tokens[:reach], *kept)
-        if len(kept) > state.room:
-            kept, ended = kept[: state.room], False
-        state.ids.extend(kept)
-        state.counts.update(kept)
-        state.commits += 1
-        if ended or not state.room:
-            state.ending = "stop" if ended else "length"
-        return Committed(state.id, canvas, kept, steps, stop)
 
     def _end(self, state: State) -> list[Event]:
         """The last event, if the answer is complete and its log-probabilities, where asked for, are told."""
@@ -357,7 +320,9 @@ class Engine:
 
     def _finish(self, state: State, reason: str) -> Finished:
         del self._running[state.id]
-        self._kv_reserved -= state.kv_bytes
+        if self.graphs:
+            self.graphs.release(state.id)
+        self._memory.release(state)
         return Finished(
             request=state.id,
             reason=reason,
@@ -370,29 +335,13 @@ class Engine:
         )
 
 
-def _most_tokens(request: Request) -> int:
-    """Tokens that its cache may hold: no canvas is encoded before it is cut to the budget."""
-    return len(request.prompt) + request.config.max_new_tokens
+def _prefix(state: State) -> KVCache:
+    """What the canvas of `state` sees: all tokens before it, also those that the very pass encodes."""
+    canvas, cache = state.canvas, state.draft_cache or state.cache
+    assert canvas is not None
+    fresh = len(state.ids) - canvas.lead - cache.length
+    return cache.ahead(fresh) if fresh > 0 else cache.before(cache.length + fresh)
 
 
 def _draws_next(state: State) -> bool:
     return state.config.mode != "diffusion" and state.pending <= 0
-
-
-def _draft(state: State, stats: Stats, step: Step, row: int, temperature: float) -> Draft:
-    """The event of the step just taken; steps are counted up from 1 here, for people."""
-    canvas = state.canvas
-    assert canvas is not None
-    lead, width, total = canvas.lead, canvas.width, state.config.max_denoising_steps
-    return Draft(
-        request=state.id,
-        canvas=canvas.index,
-        step=total - canvas.step,
-        max_steps=total,
-        temperature=temperature,
-        tokens=tuple(stats.argmax[row, lead:width].tolist()),
-        canvas_tokens=tuple(step.canvas[lead:].tolist()),
-        accepted=tuple(step.accepted[lead:].tolist()),
-        entropy=tuple(stats.entropy[row, lead:width].tolist()),
-        states=canvas.states,
-    )

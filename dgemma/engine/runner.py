@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dgemma import kernels
 from dgemma.cache import KVCache
-from dgemma.engine.attend import DenoiseAttend, EncodeAttend, spans
+from dgemma.engine.attend import DenoiseAttend, EncodeAttend, SharedAttend, spans
 from dgemma.model import DiffusionGemma
+from dgemma.model.attention import Attend
 from dgemma.model.backbone import Stack
 from dgemma.model.device import DeviceStack
 from dgemma.model.fast import FastStack
@@ -21,10 +22,14 @@ _FAST = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Counters:
-    """Forward passes and the tokens that went through them, since the engine began."""
+    """Forward passes and the tokens that went through them, since the engine began.
+
+    A shared pass is an encode pass and a denoise pass, too: there were `encode + denoise - shared` forward passes.
+    """
 
     encode_passes: int = 0
     denoise_passes: int = 0
+    shared_passes: int = 0
     encoded_tokens: int = 0
     denoised_tokens: int = 0
 
@@ -60,7 +65,7 @@ class Draws:
     temperature: Tensor
     uniforms: Tensor
     draw_temperature: Tensor
-    top_k: Tensor
+    top_k: Tensor | None
     shapes: Sequence[Sequence[Shape]] = ()
     pins: tuple[Tensor, Tensor] | None = None
 
@@ -90,18 +95,15 @@ class Runner:
         embed = model.embed.weight
         plain = embed if model.head is None else kernels.PackedHead(embed, model.head)
         self._head = plain if fast is None else fast.head
+        self.records = self.device.type == "cuda" and "middle" in row
+        """Whether a `step` is launches only, which a device can record."""
 
     @torch.inference_mode()
     def encode(self, jobs: Sequence[tuple[KVCache, Sequence[int]]]) -> list[Tensor]:
         """Append each job's ids (at most `cache.slack` of them) to its cache; hidden states `[n, H]` of each job."""
-        counts = [len(ids) for _, ids in jobs]
-        ids = torch.tensor([token for _, part in jobs for token in part], device=self.device)
-        attend = EncodeAttend(self.model.config, [cache for cache, _ in jobs], counts)
-        hidden = self.model.encode(ids, self._positions(jobs, counts)[0], attend, self._stack)
-        for (cache, _), count in zip(jobs, counts, strict=True):
-            cache.advance(count)
-        self._count(encode_passes=1, encoded_tokens=sum(counts))
-        return list(hidden.split(counts))
+        ids, positions, attend, counts = self._clean(jobs)
+        hidden = self.model.encode(ids, positions, attend, self._stack)
+        return self._encoded(jobs, counts, hidden)
 
     @torch.inference_mode()
     def denoise(
@@ -109,16 +111,49 @@ class Runner:
     ) -> Prediction:
         """One step of each job's canvas `ids [C]`; `softs` are its signals `[C, H]` or None. T rows, end to end."""
         counts = [ids.shape[0] for _, ids in jobs]
-        hidden = self._canvases(jobs, self._signal(softs, counts))
-        stats = self._predict(hidden, draws, counts)
-        if draws.pins is not None:
-            self._pin(stats, *draws.pins)
-        return Prediction(**stats, hidden=hidden)
+        return self._prediction(self._canvases(jobs, self._signal(softs, counts)), draws, counts)
+
+    @torch.inference_mode()
+    def both(
+        self,
+        encode: Sequence[tuple[KVCache, Sequence[int]]],
+        canvases: Sequence[tuple[KVCache, Tensor]],
+        softs: Sequence[Tensor | None],
+        draws: Draws,
+    ) -> tuple[list[Tensor], Prediction]:
+        """`encode` and `denoise` in one pass, so that the weights are read once; the results of both.
+
+        A canvas behind tokens of this very pass comes with its cache `ahead`: no row of it needs more of them than
+        their keys and values of the same layer, and these are stored before it looks.
+        """
+        clean, before, store, counts = self._clean(encode)
+        ids, after, places, read, widths = self._noisy(canvases)
+        positions, attend = torch.cat([before, after]), SharedAttend(store, read, len(clean))
+        signal = self._signal(softs, widths)
+        hidden = self.model.both(clean, ids, positions, attend, signal, places, self._stack)
+        self._count(denoise_passes=1, denoised_tokens=len(ids), shared_passes=1)
+        rows = self._encoded(encode, counts, hidden[: len(clean)])
+        return rows, self._prediction(hidden[len(clean) :], draws, widths)
 
     @torch.inference_mode()
     def look(self, jobs: Sequence[tuple[KVCache, Tensor]]) -> list[Tensor]:
         """Hidden states `[C, H]` of each job's canvas, read once without a signal; for who needs few of its logits."""
         return list(self._canvases(jobs, None).split([ids.shape[0] for _, ids in jobs]))
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, soft: Tensor, prefix: Tensor, attend: Attend, draws: Draws) -> Prediction:
+        """`denoise` of R canvases `ids [R, C]` without a word to the host: the lengths of their prefixes `[R]` are on
+        the device, and `soft [R * C, H]` is zero where there is no signal. Not counted: see `count_step`.
+        """
+        rows, width = ids.shape
+        places = torch.arange(width, device=self.device).repeat(rows)
+        positions = places + prefix.repeat_interleave(width)
+        hidden = self.model.denoise(ids.flatten(), positions, attend, soft, places, self._stack)
+        return Prediction(**self._vocab(hidden, draws, slice(None)), hidden=hidden)
+
+    def count_step(self, tokens: int) -> None:
+        """A `step` was taken."""
+        self._count(denoise_passes=1, denoised_tokens=tokens)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -127,11 +162,42 @@ class Runner:
 
     def _canvases(self, jobs: Sequence[tuple[KVCache, Tensor]], signal: Tensor | None) -> Tensor:
         """Hidden states of packed canvases `[T, H]`."""
-        counts = [ids.shape[0] for _, ids in jobs]
-        positions, places = self._positions(jobs, counts)
-        ids, attend = torch.cat([ids for _, ids in jobs]), DenoiseAttend([cache for cache, _ in jobs], counts)
-        self._count(denoise_passes=1, denoised_tokens=sum(counts))
+        ids, positions, places, attend, _ = self._noisy(jobs)
+        self._count(denoise_passes=1, denoised_tokens=len(ids))
         return self.model.denoise(ids, positions, attend, signal, places, self._stack)
+
+    def _clean(
+        self, jobs: Sequence[tuple[KVCache, Sequence[int]]]
+    ) -> tuple[Tensor, Tensor, EncodeAttend, Sequence[int]]:
+        """Ids and positions `[N]`, who stores them, and how many are of each job."""
+        counts = [len(ids) for _, ids in jobs]
+        ids = torch.tensor([token for _, part in jobs for token in part], device=self.device)
+        attend = EncodeAttend(self.model.config, [cache for cache, _ in jobs], counts)
+        return ids, self._positions(jobs, counts)[0], attend, counts
+
+    def _noisy(
+        self, jobs: Sequence[tuple[KVCache, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor, DenoiseAttend, Sequence[int]]:
+        """Ids, positions and places `[T]` of canvases, who reads their prefixes, and how wide they are."""
+        counts = [ids.shape[0] for _, ids in jobs]
+        attend = DenoiseAttend([cache for cache, _ in jobs], counts)
+        return torch.cat([ids for _, ids in jobs]), *self._positions(jobs, counts), attend, counts
+
+    def _encoded(
+        self, jobs: Sequence[tuple[KVCache, Sequence[int]]], counts: Sequence[int], hidden: Tensor
+    ) -> list[Tensor]:
+        """After a pass with `hidden [N, H]`: its tokens are part of the caches; the hidden states of each job."""
+        for (cache, _), count in zip(jobs, counts, strict=True):
+            cache.advance(count)
+        self._count(encode_passes=1, encoded_tokens=len(hidden))
+        return list(hidden.split(list(counts)))
+
+    def _prediction(self, hidden: Tensor, draws: Draws, counts: Sequence[int]) -> Prediction:
+        """What the hidden states `[T, H]` of canvases of `counts` positions predict."""
+        stats = self._predict(hidden, draws, counts)
+        if draws.pins is not None:
+            self._pin(stats, *draws.pins)
+        return Prediction(**stats, hidden=hidden)
 
     def _predict(self, hidden: Tensor, draws: Draws, counts: Sequence[int]) -> dict[str, Tensor]:
         """The statistics; positions with a shape apart, canvas by canvas, so that no row depends on who is there."""
@@ -164,7 +230,7 @@ class Runner:
             temperature,
             draws.uniforms[rows],
             draws.draw_temperature[rows],
-            draws.top_k[rows],
+            None if draws.top_k is None else draws.top_k[rows],
             bias=bias,
             top_p=torch.full_like(temperature, top_p, dtype=torch.float64) if top_p < 1 else None,
         )

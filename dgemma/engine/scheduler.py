@@ -4,7 +4,7 @@ limits; and how the tokens of one request are cut into passes and parts of passe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from dgemma.config import EngineConfig, ModelConfig
 from dgemma.engine.request import State
@@ -20,6 +20,22 @@ def plan_denoise(states: Iterable[State], model: ModelConfig, config: EngineConf
     """Requests whose canvas takes a step now."""
     ready = [state for state in states if state.denoises]
     return _fill(ready, lambda state: state.next_width(model), config)
+
+
+def plan_shared(
+    states: Iterable[State], encoding: Sequence[State], model: ModelConfig, config: EngineConfig
+) -> list[State]:
+    """Requests whose canvas takes a step in the very pass that encodes the next chunk of each of `encoding`.
+
+    So do canvases whose prefix ends with that chunk. None where there must be two passes: because they are too long
+    together, or because of another mode than diffusion, where the end of one pass may decide what the next one does.
+    """
+    complete = {state.id for state in encoding if chunk(state, config) == state.pending and not state.ending}
+    ready = [state for state in states if state.denoises or state.id in complete]
+    chosen = _fill(ready, lambda state: state.next_width(model), config)
+    tokens = sum(chunk(state, config) for state in encoding) + sum(state.next_width(model) for state in chosen)
+    apart = any(state.config.mode != "diffusion" for state in (*encoding, *chosen))
+    return [] if apart or tokens > config.max_batch_tokens else chosen
 
 
 def chunk(state: State, config: EngineConfig) -> int:

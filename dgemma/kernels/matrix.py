@@ -3,7 +3,8 @@ multiplies by it instead of by its parameter."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -37,3 +38,11 @@ class RoundingMatrix(Protocol):
 
     def into(self, rounded: Any, out: Tensor) -> None:
         """Write the product `[T, out]` to `out`, which may be a slice of columns."""
+
+
+@runtime_checkable
+class JoiningMatrix(Protocol):
+    """A `Matrix` that can be one with others of its kind: what reads the same rows is then one product."""
+
+    def joined(self, others: Sequence[Self]) -> Matrix:
+        """All outputs in order, these first. The matrices keep views of the memory that it has, so nothing is twice."""

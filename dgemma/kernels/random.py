@@ -30,7 +30,8 @@ _WORD = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """Any whole number as the int64 that a key takes it for."""
     value &= _WORD
     return value - (1 << 64) if value >> 63 else value
 
@@ -41,8 +42,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
-    x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+    x = (x ^ _shift(x, 30)) * signed(_MIX_1)
+    x = (x ^ _shift(x, 27)) * signed(_MIX_2)
     return x ^ _shift(x, 31)
 
 
@@ -60,12 +61,12 @@ def hash_key(*words: Tensor | int) -> Tensor:
             # Most words of a key are plain numbers: no tensor, and no copy to a device, for them.
             state = _mix_number((state ^ word & _WORD) + _GOLDEN & _WORD)
             continue
-        left = _signed(state) if isinstance(state, int) else state
-        right = word.to(torch.int64) if isinstance(word, Tensor) else _signed(word)
+        left = signed(state) if isinstance(state, int) else state
+        right = word.to(torch.int64) if isinstance(word, Tensor) else signed(word)
         mixed = left ^ right
         assert isinstance(mixed, Tensor)
-        state = _mix(mixed + _signed(_GOLDEN))
-    return torch.tensor(_signed(state)) if isinstance(state, int) else state
+        state = _mix(mixed + signed(_GOLDEN))
+    return torch.tensor(signed(state)) if isinstance(state, int) else state
 
 
 def uniform(*words: Tensor | int) -> Tensor:

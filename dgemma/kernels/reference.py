@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dgemma.kernels.matrix import Matrix
+from dgemma.kernels.vectors import restore
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """`(x [.., in], weight [out, in]) -> [.., out]`: the product that every backend may replace."""
@@ -107,17 +108,32 @@ def canvas_attention(
     old_v: Tensor,
     start: int,
     count: int,
+    scales: tuple[Tensor, Tensor] | None = None,
+    where: Tensor | None = None,
     attend: Callable[..., Tensor] = attention,
 ) -> Tensor:
     """A canvas that sees all of itself `k, v [C, K, D]`, and `count` tokens of a store `old_k, old_v [S, K, D]`.
 
-    They lie from slot `start` on and go on at slot 0 behind the last: a ring needs no copy to be read.
+    They lie from slot `start` on and go on at slot 0 behind the last: a ring needs no copy to be read. For who must not
+    ask the device, `where [2]` has the two numbers instead; there are no more than `count` then. With `scales [S, K]`
+    of keys and values, float32, the store has e4m3 codes (`vectors.round_vectors`).
     """
-    slots = old_k.shape[0]
+    slots, (k_scale, v_scale) = old_k.shape[0], scales or (None, None)
+
+    def old(part: slice) -> tuple[Tensor, Tensor]:
+        if k_scale is None or v_scale is None:
+            return old_k[part], old_v[part]
+        return restore(old_k[part], k_scale[part], k.dtype), restore(old_v[part], v_scale[part], v.dtype)
+
+    if where is not None:
+        place = torch.arange(slots, device=q.device) - where[0]
+        live = torch.where(place < 0, place + slots, place) < where[1]
+        kept = [torch.where(live[:, None, None], x, 0.0) for x in old(slice(None))]  # a free slot holds anything
+        mask = torch.cat([live, torch.ones_like(live[:1]).expand(len(k))]).expand(len(q), -1)
+        return attend(q, torch.cat([kept[0], k]), torch.cat([kept[1], v]), mask)
     parts = [slice(start, min(start + count, slots)), slice(0, max(0, start + count - slots))]
-    seen = [part for part in parts if part.stop > part.start]
-    keys = torch.cat([*(old_k[part] for part in seen), k])
-    return attend(q, keys, torch.cat([*(old_v[part] for part in seen), v]))
+    seen = [*(old(part) for part in parts if part.stop > part.start), (k, v)]
+    return attend(q, torch.cat([keys for keys, _ in seen]), torch.cat([values for _, values in seen]))
 
 
 def gelu(x: Tensor) -> Tensor:

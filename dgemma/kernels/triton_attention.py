@@ -2,7 +2,8 @@
 
 A program takes a block of (query, head) rows that read the same key head, and goes over its share of the keys with a
 running maximum. Keys may be cut into shares so that a few rows fill the device; a second launch adds the shares up in
-order. How keys are cut depends on their number only, never on who else is in the batch.
+order. How keys are cut depends on their number only, never on who else is in the batch. A store of e4m3 codes is
+widened in registers: a key's scale multiplies its scores, a value's its weight.
 Axes: T queries, Q heads, S keys, K key heads, G = Q / K heads that share keys, D head dim.
 """
 
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgemma.kernels import reference
+from dgemma.kernels import reference, tuning
 from dgemma.kernels.triton_norms import tracked
 from dgemma.kernels.triton_types import interpreted, narrow
 
@@ -34,7 +35,12 @@ class Blocks:
 
 
 def blocks_of(dim: int, dtype: torch.dtype) -> Blocks:
-    """Not tuned on a device; what fits shared memory and registers of an H100 (`tests/test_triton_compile.py`)."""
+    """What was tuned here, or the shipped ones."""
+    return tuning.blocks("attention", (dim, str(dtype)), shipped_blocks(dim, dtype))
+
+
+def shipped_blocks(dim: int, dtype: torch.dtype) -> Blocks:
+    """Not tuned; what fits shared memory and registers of an H100 (`tests/test_triton_compile.py`)."""
     wide = dtype is torch.float32
     if dim <= 128:
         return Blocks(rows=32, keys=32) if wide else Blocks(rows=64, keys=64)
@@ -50,15 +56,42 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans
     return _run(q, k, v, k, v, 0, 0, spans)
 
 
-def canvas_attention(q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor, start: int, count: int) -> Tensor:
-    """`reference.canvas_attention`: the store is read where it lies, whichever slot its tokens begin at."""
-    if tracked(q, k, v, old_k, old_v):
-        return reference.canvas_attention(q, k, v, old_k, old_v, start, count)
-    return _run(q, k, v, old_k, old_v, start, count, None)
+def canvas_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    old_k: Tensor,
+    old_v: Tensor,
+    start: int,
+    count: int,
+    scales: tuple[Tensor, Tensor] | None = None,
+    where: Tensor | None = None,
+) -> Tensor:
+    """`reference.canvas_attention`: the store is read where it lies, whichever slot its tokens begin at.
+
+    With `where`, `count` says how many shares there are; those behind the last key add nothing, not even to a last bit.
+    """
+    if tracked(q, k, v, old_k, old_v) or (scales is not None and not _reads_codes(q.device)):
+        return reference.canvas_attention(q, k, v, old_k, old_v, start, count, scales, where)
+    return _run(q, k, v, old_k, old_v, start, count, None, scales, where)
+
+
+def _reads_codes(device: torch.device) -> bool:
+    """Triton has no e4m3 below compute capability 8.9."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor, start: int, count: int, spans: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    old_k: Tensor,
+    old_v: Tensor,
+    start: int,
+    count: int,
+    spans: Tensor | None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    where: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, dim = q.shape
     keys = k.shape[1]
@@ -75,12 +108,13 @@ def _run(
     else:
         parts = weights = out
     spans = spans if spans is None else spans.contiguous()
+    k_scale, v_scale = (q, q) if scales is None else (scale.contiguous() for scale in scales)
     _attend[(triton.cdiv(tokens * groups, blocks.rows), keys, shares)](
-        q, k, v, old_k, old_v, q if spans is None else spans, parts, weights, tokens, k.shape[0],
-        start, count, max(1, old_k.shape[0]),
+        q, k, v, old_k, old_v, k_scale, v_scale, q if spans is None else spans, q if where is None else where,
+        parts, weights, tokens, k.shape[0], start, count, max(1, old_k.shape[0]),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *old_k.stride()[:2], *old_v.stride()[:2],
-        GROUPS=groups, KEYS=keys, DIM=dim, WIDTH=width, SPANS=spans is not None, SPLIT=shares > 1,
-        ROWS=blocks.rows, AT_ONCE=blocks.keys, SHARE=blocks.share, WIDE=interpreted(),
+        GROUPS=groups, KEYS=keys, DIM=dim, WIDTH=width, CODES=scales is not None, SPANS=spans is not None,
+        ASKS=where is not None, SPLIT=shares > 1, ROWS=blocks.rows, AT_ONCE=blocks.keys, SHARE=blocks.share, WIDE=interpreted(),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if shares > 1:
@@ -96,12 +130,15 @@ _VARYING = ["tokens", "fresh", "start", "count", "slots", "shares", "size"]
 
 @triton.jit(do_not_specialize=_VARYING)
 def _attend(
-    q, k, v, old_k, old_v, spans, out, weights, tokens, fresh, start, count, slots,
+    q, k, v, old_k, old_v, k_scale, v_scale, spans, where, out, weights, tokens, fresh, start, count, slots,
     q_token, q_head, k_token, k_head, v_token, v_head, old_k_token, old_k_head, old_v_token, old_v_head,
-    GROUPS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPANS: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr,
+    GROUPS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr,
+    SPANS: tl.constexpr, ASKS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    SHARE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Row i of a block is query i // GROUPS under head i % GROUPS of the key head's group."""
+    if ASKS:
+        start, count = tl.load(where).to(tl.int32), tl.load(where + 1).to(tl.int32)
     key_head, share = tl.program_id(1).to(tl.int64), tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = (row // GROUPS).to(tl.int64), key_head * GROUPS + row % GROUPS
@@ -125,7 +162,7 @@ def _attend(
     top, total, mixed = _over(
         queries, old_k + key_head * old_k_head, old_v + key_head * old_v_head, top, total, mixed,
         begin, tl.minimum(end, count), start, slots, old_k_token, old_v_token, first, last,
-        DIM, WIDTH, AT_ONCE, False, WIDE,
+        k_scale + key_head, v_scale + key_head, KEYS, CODES, DIM, WIDTH, AT_ONCE, False, WIDE,
     )  # fmt: skip
     begin, end = tl.maximum(begin, count) - count, end - count
     if SPANS:
@@ -136,7 +173,7 @@ def _attend(
     top, total, mixed = _over(
         queries, k + key_head * k_head, v + key_head * v_head, top, total, mixed,
         begin, end, 0, fresh, k_token, v_token, first, last,
-        DIM, WIDTH, AT_ONCE, SPANS, WIDE,
+        k_scale, v_scale, KEYS, False, DIM, WIDTH, AT_ONCE, SPANS, WIDE,
     )  # fmt: skip
     place = token * (GROUPS * KEYS) + head
     inside = live[:, None] & (dims < DIM)[None, :]
@@ -153,8 +190,9 @@ def _attend(
 
 @triton.jit
 def _over(
-    queries, k, v, top, total, mixed, begin, end, start, slots, k_token, v_token, first, last,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr, SPANS: tl.constexpr, WIDE: tl.constexpr,
+    queries, k, v, top, total, mixed, begin, end, start, slots, k_token, v_token, first, last, k_scale, v_scale,
+    KEYS: tl.constexpr, CODES: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+    SPANS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Keys begin .. end - 1 of one store, `AT_ONCE` at a time, into the running sums. Key i lies in slot start + i."""
     dims = tl.arange(0, WIDTH)
@@ -166,9 +204,14 @@ def _over(
         inside = there[:, None] & (dims < DIM)[None, :]
         keys = tl.load(k + slot[:, None] * k_token + dims[None, :], mask=inside, other=0.0)
         values = tl.load(v + slot[:, None] * v_token + dims[None, :], mask=inside, other=0.0)
-        if WIDE:
+        if CODES:
+            # Every code is a number of the queries' type, too.
+            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
+        elif WIDE:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        if CODES:
+            scores *= tl.load(k_scale + slot * KEYS, mask=there, other=0.0)[None, :]
         seen = there[None, :]
         if SPANS:
             seen = seen & (number[None, :] >= first[:, None]) & (number[None, :] < last[:, None])
@@ -179,6 +222,8 @@ def _over(
         weights = tl.exp(scores - base[:, None])
         down = tl.exp(top - base)
         total = total * down + tl.sum(weights, axis=1)
+        if CODES:
+            weights *= tl.load(v_scale + slot * KEYS, mask=there, other=0.0)[None, :]
         mixed = mixed * down[:, None]
         mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
         top = higher

@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgemma.kernels import reference
+from dgemma.kernels import reference, tuning
 from dgemma.kernels.matrix import Matrix
-from dgemma.kernels.stacked import Stacked, stacked_of
+from dgemma.kernels.stacked import Kind, Stacked, stacked_of
 from dgemma.kernels.triton_types import activated, interpreted, narrow, narrow_e4m3
 
 _SLOTS = 1024  # ids that a program of `_list_rows` reads at a time
+_ADDED = 1024  # columns of a program that adds or rounds
 _E4M3 = tl.constexpr(448.0)
 
 
@@ -33,7 +34,7 @@ _E4M3 = tl.constexpr(448.0)
 class Blocks:
     """How a product is cut: `rows` of an expert, `outputs`, `inputs` (of INT4: bytes) at a time.
 
-    Only `inputs` has a part in the order of a sum. INT4 takes less of it where a group or half a row ends earlier.
+    By the formulas only `inputs` has a part in the order of a sum. INT4 takes less where a group or half a row ends.
     """
 
     rows: int = 32
@@ -43,12 +44,18 @@ class Blocks:
     stages: int = 4
 
 
-DEFAULT_BLOCKS = {
-    "plain": Blocks(),
-    "fp8": Blocks(inputs=128),
-    "int4": Blocks(),
-}  # fmt: skip
-"""Not tuned: `dgemma bench gpu` tries others on the device at hand and says which was fastest."""
+def shipped_blocks(kind: Kind, dtype: torch.dtype) -> Blocks:
+    """Not tuned; what fits shared memory and registers of an H100 (`tests/test_triton_compile.py`)."""
+    if kind == "fp8":
+        return Blocks(inputs=128)
+    # Products without tensor cores keep more in registers.
+    return Blocks(rows=16, outputs=32, inputs=32, stages=3) if dtype is torch.float32 else Blocks()
+
+
+def blocks_of(weight: Stacked, dtype: torch.dtype) -> Blocks:
+    """For experts whose gate and up are `weight`, and rows of that type: what was tuned here, or the shipped ones."""
+    key = (*weight.shape, weight.kind, weight.group, str(dtype))
+    return tuning.blocks("experts", key, shipped_blocks(weight.kind, dtype))
 
 
 def experts(
@@ -57,7 +64,6 @@ def experts(
     ids: Tensor,
     gate_up: Tensor | Sequence[Matrix],
     down: Tensor | Sequence[Matrix],
-    blocks: Blocks | None = None,
 ) -> Tensor:
     """`reference.experts`. Matrices that lie apart, and gradients, take the reference itself."""
     first, second = stacked_of(gate_up), stacked_of(down)
@@ -71,9 +77,7 @@ def experts(
     out = x.new_empty(tokens, size)
     if not tokens:
         return out
-    if blocks is None:
-        wide = x.dtype is torch.float32 and first.kind != "fp8"
-        blocks = _FLOAT32 if wide else DEFAULT_BLOCKS[first.kind]
+    blocks = blocks_of(first, x.dtype)
     ids, weights = ids.contiguous(), weights.contiguous()
     slots = tokens * top_k
     order = torch.empty(slots, dtype=torch.int32, device=x.device)
@@ -85,11 +89,6 @@ def experts(
     _multiply(_down, middle, second, (order, starts), parts, (weights,), blocks)
     _add_slots[(tokens, triton.cdiv(size, _ADDED))](parts, out, size, TOP_K=top_k, BLOCK=_ADDED, WIDE=interpreted())
     return out
-
-
-_ADDED = 1024
-_FLOAT32 = Blocks(rows=16, outputs=32, inputs=32, stages=3)
-"""Products without tensor cores keep more in registers."""
 
 
 def _multiply(

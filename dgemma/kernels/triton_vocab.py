@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgemma.kernels import reference, shaped
+from dgemma.kernels import reference, shaped, tuning
 from dgemma.kernels.cpu_vocab import PackedHead, draw_top
 from dgemma.kernels.reference import DRAW_BLOCK, VocabStats
 from dgemma.kernels.triton_types import interpreted, narrow
@@ -40,7 +40,7 @@ class Blocks:
     """How the work is cut: `rows` a program, `inputs` of a logit at a time, `columns` of the soft embedding a program;
     `chunk` tokens share the scratch, `shares` programs share a chunk's tiles, and no more than `most` rows go at once.
 
-    `inputs`, `chunk` and `shares` have a part in the order of sums.
+    By the formulas only `inputs`, `chunk` and `shares` have a part in the order of sums.
     """
 
     rows: int = 64
@@ -53,9 +53,14 @@ class Blocks:
     stages: int = 3
 
 
-def blocks_of(dtype: torch.dtype) -> Blocks:
-    """Not tuned on a device; what fits shared memory and registers of an H100 (`tests/test_triton_compile.py`)."""
+def shipped_blocks(dtype: torch.dtype) -> Blocks:
+    """Not tuned; what fits shared memory and registers of an H100 (`tests/test_triton_compile.py`)."""
     return Blocks(inputs=32, columns=64) if dtype is torch.float32 else Blocks()
+
+
+def blocks_of(embed: Tensor) -> Blocks:
+    """What was tuned here, or the shipped ones."""
+    return tuning.blocks("vocab", (*embed.shape, str(embed.dtype)), shipped_blocks(embed.dtype))
 
 
 def vocab(
@@ -73,7 +78,7 @@ def vocab(
         return shaped.vocab(hidden, embed, *rest)
     if hidden.dtype not in _TYPES or embed.dtype is not hidden.dtype:
         return reference.vocab(hidden, embed, *rest)
-    blocks = blocks_of(hidden.dtype)
+    blocks = blocks_of(embed)
     # Weights may be parameters; nothing here is differentiable.
     hidden, embed = _dense(hidden.detach()), _dense(embed.detach())
     own = None if draw_temperature is None else draw_temperature.float().contiguous()

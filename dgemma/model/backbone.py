@@ -20,9 +20,12 @@ from dgemma.model.layers import Embedding, GatedMLP, RMSNorm, Rotation
 
 
 class Stack(Protocol):
-    """Another way to run the layers (`fast` has one), for packed rows `[T, H]`."""
+    """Another way to run the layers (`fast` has one), for packed rows `[T, H]`.
 
-    def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str) -> Tensor: ...
+    The first `clean` rows close each layer with `encoder_scalar`, whatever `scalar` is that of the others.
+    """
+
+    def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str, clean: int = 0) -> Tensor: ...
 
     def condition(self, embedded: Tensor, soft: Tensor | None) -> Tensor: ...
 
@@ -82,14 +85,25 @@ class DiffusionGemma(nn.Module):
         `soft [..., H]` is the previous prediction's embedding as `soft_embedding` gives it; rows of zeros (or None)
         mean no signal. `places [...]` are positions inside the canvas; only a model with `canvas_embed` needs them.
         """
-        x = self.embed(ids)
-        if self.canvas_embed is not None:
-            assert places is not None
-            x = x + self.canvas_embed[places]
-        soft = None if soft is None else soft * self.embed.scale.to(soft.device)
-        if stack is not None:
-            return stack(stack.condition(x, soft), positions, attend, "decoder_scalar")
-        return self._stack(self.self_conditioning(x, soft), positions, attend, "decoder_scalar")
+        x = self._canvas(ids, soft, places, stack)
+        return (stack or self._stack)(x, positions, attend, "decoder_scalar")
+
+    def both(
+        self,
+        clean: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        soft: Tensor | None = None,
+        places: Tensor | None = None,
+        stack: Stack | None = None,
+    ) -> Tensor:
+        """`encode` of `clean [N]` and `denoise` of canvases `ids [T]` in one pass -> hidden `[N + T, H]`.
+
+        `positions [N + T]` and `attend` are of all rows, clean ones first; `soft` and `places` of the canvases.
+        """
+        x = torch.cat([self.embed(clean), self._canvas(ids, soft, places, stack)])
+        return (stack or self._stack)(x, positions, attend, "decoder_scalar", len(clean))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped float32 logits `[..., V]` over the tied, unscaled embedding."""
@@ -104,9 +118,23 @@ class DiffusionGemma(nn.Module):
         probs = torch.softmax(logits, dim=-1, dtype=torch.float32).to(self.embed.weight.dtype)
         return kernels.linear(probs, self.embed.weight.t())
 
-    def _stack(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str) -> Tensor:
+    def _canvas(self, ids: Tensor, soft: Tensor | None, places: Tensor | None, stack: Stack | None) -> Tensor:
+        """What the layers get for canvas `ids`; see `denoise`."""
+        x = self.embed(ids)
+        if self.canvas_embed is not None:
+            assert places is not None
+            x = x + self.canvas_embed[places]
+        soft = None if soft is None else soft * self.embed.scale.to(soft.device)
+        out: Tensor = self.self_conditioning(x, soft) if stack is None else stack.condition(x, soft)
+        return out
+
+    def _stack(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str, clean: int = 0) -> Tensor:
         tables = {kind: rotation(positions, x.dtype) for kind, rotation in self._rotations.items()}
         for block, layer in zip(self.layers, self.config.layers, strict=True):
             cos, sin = tables[layer.kind]
-            x = block(x, cos, sin, attend, getattr(block, scalar))
+            scale = getattr(block, scalar)
+            if clean:
+                halves = ("encoder_scalar", clean), (scalar, x.shape[0] - clean)
+                scale = torch.cat([getattr(block, name).expand(rows) for name, rows in halves])[:, None]
+            x = block(x, cos, sin, attend, scale)
         return self.norm(x)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dgemma import kernels
+from dgemma.kernels.matrix import JoiningMatrix
 from dgemma.model.attention import Attend
 from dgemma.model.backbone import DiffusionGemma
 from dgemma.model.block import Block
+from dgemma.model.halves import close_halves
 from dgemma.model.layers import GatedMLP, Linear
 
 
@@ -31,11 +33,11 @@ class DeviceStack:
         self._signal_norm = model.self_conditioning.pre_norm.weight
         self._signal = _GatedMLP(model.self_conditioning.mlp)
 
-    def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str, clean: int = 0) -> Tensor:
         tables = {kind: rotation(positions, x.dtype) for kind, rotation in self._rotations.items()}
         normed = kernels.rms_norm(x, self._first_norm, self._eps)
         for layer, kind in zip(self._layers, self._kinds, strict=True):
-            x, normed = layer(x, normed, *tables[kind], attend, scalar)
+            x, normed = layer(x, normed, *tables[kind], attend, scalar, clean)
         return normed
 
     def condition(self, embedded: Tensor, soft: Tensor | None) -> Tensor:
@@ -60,7 +62,7 @@ class _Layer:
         self._branches = (block.post_mlp_norm.weight, block.post_experts_norm.weight) if moe else (None, None)
 
     def __call__(
-        self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend, scalar: str
+        self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend, scalar: str, clean: int
     ) -> tuple[Tensor, Tensor]:
         block, attention, eps = self._block, self._block.attention, self._eps
         norms = attention.q_norm.weight, attention.k_norm.weight
@@ -75,7 +77,8 @@ class _Layer:
             weights, ids = kernels.choose(router.proj(routed), router.per_expert_scale, router.top_k)
             mixed = block.experts(for_mixed, weights, ids)
         ends = (*self._branches, block.post_norm.weight)
-        return kernels.close(x, dense, mixed, ends, getattr(block, scalar), self._following, eps)
+        scalars = block.encoder_scalar, getattr(block, scalar)
+        return close_halves(kernels.close, x, dense, mixed, ends, scalars, clean, self._following, eps)
 
 
 class _GatedMLP:
@@ -90,15 +93,20 @@ class _GatedMLP:
 
 
 class _Beside:
-    """Linears that read the same rows, their outputs side by side: one product of plain weights."""
+    """Linears that read the same rows, their outputs side by side: one product of plain weights, or of FP8."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self._linears = linears
         self._weight = _joined(linears) if all(linear.matrix is None for linear in linears) else None
+        first, *others = (linear.matrix for linear in linears)
+        alike = isinstance(first, JoiningMatrix) and all(type(other) is type(first) for other in others)
+        self._matrix = first.joined(others) if alike else None  # type: ignore[union-attr, arg-type]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._weight is not None:
             return kernels.linear(x, self._weight)
+        if self._matrix is not None:
+            return self._matrix(x)
         return torch.cat([linear(x) for linear in self._linears], dim=-1)
 
 

@@ -20,6 +20,7 @@ from dgemma.kernels.pages import give_back
 from dgemma.model.attention import Attend
 from dgemma.model.backbone import DiffusionGemma
 from dgemma.model.block import Block
+from dgemma.model.halves import close_halves
 from dgemma.model.layers import GatedMLP, Linear
 
 _SMALL = 1 << 22  # an embedding that may be kept twice
@@ -41,11 +42,11 @@ class FastStack:
         self.head = PackedHead(embed, model.head) if model.head or embed.numel() <= _SMALL else embed
         """What `kernels.vocab` takes for the embedding."""
 
-    def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, attend: Attend, scalar: str, clean: int = 0) -> Tensor:
         tables = {kind: rotation(positions, x.dtype) for kind, rotation in self._rotations.items()}
         normed = self._native.norm(x, self._first_norm, self._eps)
         for layer, kind in zip(self._layers, self._kinds, strict=True):
-            x, normed = layer(x, normed, *tables[kind], attend, scalar)
+            x, normed = layer(x, normed, *tables[kind], attend, scalar, clean)
         return normed
 
     def condition(self, embedded: Tensor, soft: Tensor | None) -> Tensor:
@@ -78,7 +79,7 @@ class FastLayer:
             self._pre_experts, self._route_scale = block.pre_experts_norm.weight, block.router.scale
 
     def __call__(
-        self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend, scalar: str
+        self, x: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend, scalar: str, clean: int
     ) -> tuple[Tensor, Tensor]:
         native, eps = self._native, self._eps
         heads = native.heads(
@@ -91,7 +92,8 @@ class FastLayer:
         dense = self._mlp(for_dense)
         mixed = None if self._moe is None or for_mixed is None or routed is None else self._moe(for_mixed, routed)
         norms = (self._post_mlp, self._post_experts, self._post)
-        return native.close(x, dense, mixed, norms, self._scalars[scalar], self._following, eps)
+        scalars = self._scalars["encoder_scalar"], self._scalars[scalar]
+        return close_halves(native.close, x, dense, mixed, norms, scalars, clean, self._following, eps)
 
 
 class FastGatedMLP:

@@ -76,6 +76,10 @@ class Rotation:
     def __init__(self, config: RopeConfig, head_dim: int) -> None:
         with torch.device("cpu"):  # also when the model is built on the meta device
             self.frequencies = kernels.rope_frequencies(head_dim, config.theta, config.partial, config.factor)
+        self._there: dict[torch.device, Tensor] = {}  # a copy to a device waits for it, so no step makes one
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return kernels.rope_tables(positions, self.frequencies.to(positions.device), dtype)
+        device = positions.device
+        if device not in self._there:
+            self._there[device] = self.frequencies.to(device)
+        return kernels.rope_tables(positions, self._there[device], dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,6 +54,15 @@ class Fp8Matrix:
     @property
     def nbytes(self) -> int:
         return self._codes.nbytes + self._scale.nbytes
+
+    def joined(self, others: Sequence[Fp8Matrix]) -> Fp8Matrix:
+        """One matrix of all outputs, so that rows are rounded once; all keep views of its codes and scales."""
+        parts = [self, *others]
+        heights = [part.shape[0] for part in parts]
+        codes, scale = torch.cat([part._codes for part in parts]), torch.cat([part._scale for part in parts])
+        for part, own, step in zip(parts, codes.split(heights), scale.split(heights), strict=True):
+            part._codes, part._scale = own, step
+        return Fp8Matrix(codes, scale)
 
     def __call__(self, x: Tensor) -> Tensor:
         refuse_gradient(x)
