@@ -1,16 +1,17 @@
-"""Whole-canvas constraints, measured: validity, steps, time, likelihood, fields filled from a text. Writes JSON.
+"""Whole-canvas constraints, measured: validity, steps, time, and likelihood beside a left-to-right mask. Writes JSON.
 
     python scripts/constraints.py --suite FOLDER --out constraints.json
 
 FOLDER is `tests/draft2020-12` of the public JSON-Schema-Test-Suite (it is also in the source package of `jsonschema`,
 under `json/`); without it, that part is left out. The left-to-right baseline masks the encoder's tokens one by one.
+Every schema is a line of `--rows` as soon as it is done, so that an interrupted run goes on where it stopped.
+`extraction.py` measures what is filled in from a text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import re
 import statistics
@@ -28,11 +29,9 @@ from dgemma.control import Control
 from dgemma.control.language.json_schema import schema_regex
 from dgemma.control.language.machine import Machine
 from dgemma.errors import RequestError
-from dgemma.train.stories import make_story
 
 PROMPT = "Once upon a time there was a girl named Lily. Lily had a brown dog.\n"
-FIELDS = ("hero", "kind", "companion", "companion_kind", "place", "thing", "colour")
-BUDGET = 96
+BUDGET, DRAWS = 96, 2
 
 
 def suite(folder: Path, count: int) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
@@ -163,79 +162,102 @@ def valid(text: str, schema: Any) -> bool:
     return True
 
 
-def compare(run: Run, schemas: Sequence[tuple[str, Any]], say: Callable[[str], None]) -> dict[str, Any]:
-    """Every schema by every way."""
-    ways: dict[str, list[dict[str, Any]]] = {name: [] for name in ("canvas", "raw", "mask", "mask_greedy", "free")}
-    failed, skipped = [], []
+def compare(run: Run, schemas: Sequence[tuple[str, Any]], rows: Path, more: int) -> dict[str, Any]:
+    """Every schema by every way; the ways that are not compared only for one schema of `more`."""
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    known = done_before(rows)
     for number, (name, schema) in enumerate(schemas):
-        try:
-            canvas = run.canvas(PROMPT, schema, number)
-        except RequestError as error:  # no answer within the budget
-            skipped.append(f"{name}: {error}")
-            continue
-        ways["canvas"].append(canvas)
-        ways["raw"].append(run.canvas(PROMPT, schema, number, raw=True))
-        ways["mask"].append(run.masked(PROMPT, schema, number))
-        ways["mask_greedy"].append(run.masked(PROMPT, schema, None))
-        ways["free"].append(run.free(PROMPT, canvas["tokens"], number))
-        failed += [f"{name}: {way}" for way in ("canvas", "raw", "mask") if not valid(ways[way][-1]["text"], schema)]
-        say(f"{number + 1}/{len(schemas)} {canvas['text'][:60]!r}")
-    told: dict[str, Any] = {name: _summary(answers) for name, answers in ways.items()}
-    told["canvas_minus_mask"] = _difference(ways["canvas"], ways["mask"])
-    told["canvas_minus_raw"] = _difference(ways["canvas"], ways["raw"])
-    return told | {
+        if name not in known:
+            known[name] = {"name": name} | _row(run, schema, number, number % more == 0)
+            with rows.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(known[name], ensure_ascii=False) + "\n")
+            print(f"{number + 1}/{len(schemas)} {known[name].get('canvas', [])}"[:160], flush=True)
+    done = [known[name] for name, _ in schemas]
+    found = [row for row in done if "canvas" in row]
+    ways = ("canvas", "mask", "mask_greedy", "raw", "free")
+    return {
         "schemas": len(schemas),
-        "invalid": failed,
-        "skipped": skipped,
+        "ways": {way: summary([answer for row in found for answer in row.get(way, [])]) for way in ways},
+        **differences(found),
+        "invalid": [f"{row['name']}: {way}" for row in found for way in row["invalid"]],
+        "skipped": [f"{row['name']}: {row['skipped']}" for row in done if "skipped" in row],
         "names": [name for name, _ in schemas],
     }
 
 
-def _summary(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    tokens = sum(answer["tokens"] for answer in answers)
+def done_before(rows: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file by name; none if there is none."""
+    return {row["name"]: row for row in map(json.loads, rows.open(encoding="utf-8"))} if rows.exists() else {}
+
+
+def differences(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The canvas beside each other way."""
+    return {
+        f"canvas_minus_{way}": difference([row for row in rows if way in row], "canvas", way)
+        for way in ("mask", "mask_greedy", "raw")
+    }
+
+
+def _row(run: Run, schema: Any, seed: int, more: bool) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = {"canvas": [run.canvas(PROMPT, schema, seed)]}
+    except RequestError as error:  # no answer within the budget
+        return {"skipped": str(error)}
+    row["mask"] = [run.masked(PROMPT, schema, seed + 1_000 * again) for again in range(DRAWS)]
+    row["mask_greedy"] = [run.masked(PROMPT, schema, None)]
+    if more:
+        row["raw"] = [run.canvas(PROMPT, schema, seed, raw=True)]
+    row["invalid"] = [way for way, told in row.items() if not all(valid(answer["text"], schema) for answer in told)]
+    if more:
+        row["free"] = [run.free(PROMPT, row["canvas"][0]["tokens"], seed)]
+    return row
+
+
+def summary(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over the answers of one way."""
+    tokens = max(1, sum(answer["tokens"] for answer in answers))
     return {
         "answers": len(answers),
         "tokens": tokens,
-        "steps_per_token": round(sum(answer["steps"] for answer in answers) / max(1, tokens), 3),
-        "seconds_per_token": round(sum(answer["seconds"] for answer in answers) / max(1, tokens), 4),
-        "logprob_per_answer": round(statistics.fmean(answer["logprob"] for answer in answers), 3),
-        "logprob_per_token": round(sum(answer["logprob"] for answer in answers) / max(1, tokens), 4),
+        "steps_per_token": round(sum(answer["steps"] for answer in answers) / tokens, 3),
+        "seconds_per_token": round(sum(answer["seconds"] for answer in answers) / tokens, 4),
+        "logprob_per_answer": round(sum(answer["logprob"] for answer in answers) / max(1, len(answers)), 3),
+        "logprob_per_token": round(sum(answer["logprob"] for answer in answers) / tokens, 4),
     }
 
 
-def _difference(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean of the paired differences of answers' log-probabilities, and half of its 95 % interval."""
-    gaps = [one["logprob"] - other["logprob"] for one, other in zip(left, right, strict=True)]
-    half = 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
-    return {"mean": round(statistics.fmean(gaps), 3), "half_width": round(half, 3)}
+def difference(rows: Sequence[dict[str, Any]], left: str, right: str) -> dict[str, Any]:
+    """Paired by prompt and schema: how much more log-probability `left` has, with 95 % bootstrap intervals over pairs.
 
+    Of answers and of their mean per token; `not_less` is the share of pairs whose left answer has at least as much
+    (each of several right answers is a part of its pair), `equal` that of equal texts. Long answers rule the mean.
+    """
 
-def extraction(run: Run, cases: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Fields of a story's facts, each one of all values that 400 stories have; shares filled right, and by chance."""
-    stories = [make_story(90_000 + seed) for seed in range(400)]
-    values = {name: sorted({getattr(story, name) for story in stories} - {""}) for name in FIELDS}
-    schema = {
-        "type": "object",
-        "properties": {name: {"enum": options} for name, options in values.items()},
-        "required": list(FIELDS),
-    }
-    right: dict[str, dict[str, int]] = {way: dict.fromkeys(FIELDS, 0) for way in ("canvas", "mask_greedy")}
-    whole = [story for story in stories if all(getattr(story, name) for name in FIELDS)][:cases]
-    for number, story in enumerate(whole):
-        for way, answer in (
-            ("canvas", run.canvas(story.text + "\n", schema, number)),
-            ("mask_greedy", run.masked(story.text + "\n", schema, None)),
-        ):
-            told = json.loads(answer["text"])
-            for name in FIELDS:
-                right[way][name] += told[name] == getattr(story, name)
-        say(f"case {number + 1}/{len(whole)}")
+    def over(worth: Callable[[dict[str, Any], dict[str, Any]], float]) -> list[float]:
+        return [statistics.fmean(worth(a, b) for a in row[left] for b in row[right]) for row in rows]
+
+    whole = over(lambda a, b: a["logprob"] - b["logprob"])
+    each = over(lambda a, b: a["logprob"] / a["tokens"] - b["logprob"] / b["tokens"])
     return {
-        "cases": len(whole),
-        "share": {way: {name: round(hits / len(whole), 3) for name, hits in of.items()} for way, of in right.items()},
-        "mean": {way: round(sum(of.values()) / len(whole) / len(FIELDS), 3) for way, of in right.items()},
-        "chance": {name: round(1 / len(options), 4) for name, options in values.items()},
+        "pairs": len(rows),
+        "mean": interval(whole, statistics.fmean),
+        "median": interval(whole, statistics.median),
+        "per_token_mean": interval(each, statistics.fmean),
+        "per_token_median": interval(each, statistics.median),
+        "not_less": interval(over(lambda a, b: a["logprob"] >= b["logprob"] - 1e-4), statistics.fmean),
+        "per_token_not_less": interval(
+            over(lambda a, b: a["logprob"] / a["tokens"] >= b["logprob"] / b["tokens"] - 1e-6), statistics.fmean
+        ),
+        "equal": round(statistics.fmean(over(lambda a, b: a["text"] == b["text"])), 4),
     }
+
+
+def interval(values: Sequence[float], of: Callable[[Sequence[float]], float], rounds: int = 2_000) -> dict[str, float]:
+    """A statistic of the values and where 95 % of its bootstrap values lie."""
+    chance = random.Random(0)
+    found = sorted(of(chance.choices(values, k=len(values))) for _ in range(rounds))
+    low, high = found[rounds // 40], found[-rounds // 40 - 1]
+    return {"value": round(of(values), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def compile_times(llm: LLM) -> Iterator[dict[str, Any]]:
@@ -275,27 +297,27 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--suite", type=Path)
     parser.add_argument("--out", type=Path, default=Path("constraints.json"))
+    parser.add_argument("--rows", type=Path, default=Path("build/constraints/rows.jsonl"))
     parser.add_argument("--public", type=int, default=60)
     parser.add_argument("--generated", type=int, default=200)
-    parser.add_argument("--cases", type=int, default=50)
-    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--more", type=int, default=4, help="plain signal and no constraint for one schema of so many")
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    llm = LLM.load(arguments.model)
-    run, say = Run(llm), (lambda text: None) if arguments.quiet else print
-    result: dict[str, Any] = {
-        "model": llm.name,
-        "threads": torch.get_num_threads(),
-        "compile": list(compile_times(llm)),
-    }
+    llm = LLM.load(arguments.model, threads=arguments.threads)
+    run = Run(llm)
+    result: dict[str, Any] = {"model": arguments.model, "threads": arguments.threads, "budget": BUDGET, "draws": DRAWS}
     if arguments.suite:
         chosen, told = suite(arguments.suite, arguments.public)
-        result["suite"] = told | compare(run, chosen, say)
+        result["suite"] = told | compare(run, chosen, arguments.rows, arguments.more)
     chance = random.Random(7)
     made = [(f"generated {number}", random_schema(chance)) for number in range(arguments.generated)]
-    result["generated"] = compare(run, made, say)
-    result["extraction"] = extraction(run, arguments.cases, say)
-    arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps({name: part for name, part in result.items() if name != "compile"}, ensure_ascii=False)[:4000])
+    result["generated"] = compare(run, made, arguments.rows, arguments.more)
+    names = [name for part in ("suite", "generated") for name in result.get(part, {}).get("names", [])]
+    rows = done_before(arguments.rows)
+    result["all"] = differences([rows[name] for name in names if "canvas" in rows[name]])
+    result["compile"] = list(compile_times(llm))
+    kept = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
+    arguments.out.write_text(json.dumps(kept | result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python scripts/infill.py [--cases 1000] [--model default] [--out build/infill.json]
 
 Each case is a story of the held-out seeds, cut at words: a prompt, a hole of 1 to 6 words, 5 to 14 words behind it. It
-is filled in several ways, with the same seed:
+is filled in several ways, with the same seed (after the first `--compare` cases in the first way only):
     pins         the denoiser with the text behind the hole pinned, the hole as long as the original
     paste        the same without pins, the text pasted into the committed canvas
     ar           left to right by the encoder (mode "ar", drawn), as long as the original, then the text pasted
@@ -23,7 +23,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ def case(number: int) -> dict[str, Any]:
             return {"story": story, "before": before, "hole": " ".join(words[at : at + size]), "after": after}
 
 
-def measure(llm: LLM, lexicon: Lexicon, number: int) -> dict[str, Any]:
-    """All ways of one case."""
+def measure(llm: LLM, lexicon: Lexicon, number: int, compare: bool) -> dict[str, Any]:
+    """All ways of one case, or `pins` alone."""
     one = case(number)
     prompt = [llm.tokenizer.bos, *llm.tokenizer.encode(one["before"][:-1])]
     original, tail = list(lexicon.held(" " + one["hole"])), list(lexicon.held(one["after"]))
@@ -70,7 +70,7 @@ def measure(llm: LLM, lexicon: Lexicon, number: int) -> dict[str, Any]:
             "echo": echoes(text, one["after"]),
         }
 
-    for name, hole in (("pins", Hole(size, size)), ("search", Hole())):
+    for name, hole in (("pins", Hole(size, size)), ("search", Hole()))[: 2 if compare else 1]:
         begun, template = time.perf_counter(), Template((one["before"], one["after"]), (hole,))
         filled = llm.filler.infill(llm.generation, template, seed=number)
         ids = list(filled.token_ids)
@@ -82,6 +82,8 @@ def measure(llm: LLM, lexicon: Lexicon, number: int) -> dict[str, Any]:
             "tries": len(filled.candidates),
             "seconds": time.perf_counter() - begun,
         }
+    if not compare:
+        return {"case": number, "tokens": size, "behind": len(tail), **out}
     width = size + len(tail)
     free = llm.generate(prompt, seed=number, max_new_tokens=width, canvas_length=width, stop_tokens=())
     left = llm.generate(prompt, seed=number, max_new_tokens=size, mode="ar", stop_tokens=())
@@ -103,20 +105,30 @@ def interval(values: np.ndarray, draws: int = 10_000) -> list[float]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    nats = {way: np.array([row[way]["nats"] for row in rows]) for way in WAYS}
+    compared = [row for row in rows if "search" in row]
+
+    def nats(way: str, rows: list[dict[str, Any]]) -> np.ndarray:
+        return np.array([row[way]["nats"] for row in rows if way in row])
+
+    def mean(values: Iterable[float]) -> float:
+        return float(np.mean([*values]))
+
+    def gains(one: str, ways: Sequence[str], rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+        """Positive: `one` is likelier."""
+        return {way: interval(nats(way, rows) - nats(one, rows)) for way in ways}
+
+    answers = [row[way] for row in rows for way in ("pins", "search") if way in row]
     return {
         "cases": len(rows),
-        "pins_kept": sum(row[way]["kept"] and row[way]["verbatim"] for row in rows for way in ("pins", "search")),
-        "of": 2 * len(rows),
-        "echoes": {way: sum(row[way]["echo"] for row in rows) for way in WAYS},
-        "nats": {way: interval(nats[way]) for way in WAYS},
-        # Positive: pins are likelier.
-        "pins_gain_over": {
-            way: interval(nats[way] - nats["pins"]) for way in ("paste", "ar", "ar_greedy", "true", "shuffled")
-        },
-        "search_gain_over": {way: interval(nats[way] - nats["search"]) for way in ("pins", "ar", "ar_greedy", "true")},
-        "steps": {way: float(np.mean([row[way]["steps"] for row in rows])) for way in ("pins", "search", "paste")},
-        "length_found": float(np.mean([row["search"]["fill"].strip() == row["true"]["fill"].strip() for row in rows])),
+        "compared": len(compared),
+        "pins_kept": sum(answer["kept"] and answer["verbatim"] for answer in answers),
+        "of": len(answers),
+        "echoes": {way: sum(row[way]["echo"] for row in rows if way in row) for way in WAYS},
+        "nats": {way: interval(nats(way, compared)) for way in WAYS},
+        "pins_gain_over": gains("pins", ("paste", "ar", "ar_greedy", "true", "shuffled"), compared),
+        "search_gain_over": gains("search", ("pins", "ar", "ar_greedy", "true"), compared),
+        "steps": {way: mean(row[way]["steps"] for row in rows if way in row) for way in ("pins", "search", "paste")},
+        "length_found": mean(row["search"]["fill"].strip() == row["true"]["fill"].strip() for row in compared),
     }
 
 
@@ -153,7 +165,7 @@ def draw(told: dict[str, Any], path: Path) -> None:
         axes.plot([low, high], [row, row], color="black", linewidth=1.2)
         axes.text(high + 0.6, row, f"{mean:.1f}", va="center", fontsize=9)
         axes.set_yticks(range(len(names)), list(reversed(names.values())))
-    axes.set_xlabel(f"nats of fill and text behind it, by the encoder ({told['cases']} cases)")
+    axes.set_xlabel(f"nats of fill and text behind it, by the encoder ({told['compared']} cases)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
@@ -161,6 +173,7 @@ def draw(told: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--compare", type=int, default=416, help="the first so many cases in all ways, the rest in one")
     parser.add_argument("--model", default="default")
     parser.add_argument("--out", type=Path, default=REPO / "build" / "infill.json")
     parser.add_argument("--figure", action="store_true", help="write docs/figures/infill.png and .json")
@@ -171,7 +184,7 @@ def main() -> None:
         llm = LLM.load(arguments.model, device="cpu", threads=1)
         lexicon = Lexicon(llm.tokenizer, llm.config.vocab_size)
     while len(rows) < arguments.cases:
-        rows.append(measure(llm, lexicon, len(rows)))
+        rows.append(measure(llm, lexicon, len(rows), len(rows) < arguments.compare))
         partial = arguments.out.with_suffix(".tmp")
         partial.write_text(json.dumps({"rows": rows}))
         partial.replace(arguments.out)

@@ -12,7 +12,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,11 +224,11 @@ class GpuRun:
         config = gpu_parts.fixed_config(s.steps[0], s.canvases, s.width, s.seed)
         return gpu_parts.check_work(model, self._row, self._prompt, config, s.canvases)
 
-    def _answers(self, name: str, steps: int, model: DiffusionGemma, **engine: int) -> dict[str, Any]:
+    def _answers(self, name: str, steps: int, model: DiffusionGemma, **engine: Any) -> dict[str, Any]:
         s = self.settings
         config = gpu_parts.fixed_config(steps, s.canvases, s.width, s.seed)
         with kernels.use(self._timed()):
-            ours = Engine(model, EngineConfig(prefix_cache_tokens=0, **engine))
+            ours = Engine(model, replace(EngineConfig(prefix_cache_tokens=0), **engine))
             found = gpu_parts.time_answers(Ours(ours), self._prompt, config, s.canvases, s.repeats)
         found["recorded steps"] = ours.graphs.replayed if ours.graphs else 0
         ceilings = self._ceilings()

@@ -21,7 +21,7 @@ class Packed:
         self.nbytes = weight.nbytes
         compiled = native.load()
         self._ours = compiled if compiled is not None and compiled.multiplies(weight.dtype, weight.shape[1]) else None
-        self._widened = not self._ours and weight.dtype is torch.bfloat16 and not _has_bfloat16()
+        self._widened = not self._ours and weight.dtype is torch.bfloat16 and not has_bfloat16()
         if self._ours:
             self._weight = native.panels_of(weight)
         else:
@@ -61,7 +61,7 @@ def _invariant(rows: Tensor, weight: Tensor) -> Tensor:
     return out[:1] if single else out
 
 
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether oneDNN multiplies it on this processor: not without AVX-512 or AVX-NE-CONVERT."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -114,8 +114,8 @@ def _run(
         parts, weights, tokens, k.shape[0], start, count, max(1, old_k.shape[0]),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *old_k.stride()[:2], *old_v.stride()[:2],
         GROUPS=groups, KEYS=keys, DIM=dim, WIDTH=width, CODES=scales is not None, SPANS=spans is not None,
-        ASKS=where is not None, SPLIT=shares > 1, ROWS=blocks.rows, AT_ONCE=blocks.keys, SHARE=blocks.share, WIDE=interpreted(),
-        num_warps=blocks.warps, num_stages=blocks.stages,
+        ASKS=where is not None, SPLIT=shares > 1, ROWS=blocks.rows, AT_ONCE=blocks.keys, SHARE=blocks.share,
+        WIDE=interpreted(), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if shares > 1:
         _add[(tokens, heads)](

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from dgemma.errors import ConfigError
+from dgemma.kernels.packed import has_bfloat16
 
 OPTIMIZERS = ("muon", "adamw")
 SCHEDULES = ("wsd", "cosine")
@@ -87,8 +88,8 @@ def rate(config: ScheduleConfig, step: int, total: int) -> float:
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Approximate `U V^T` of `matrix [..., m, n]` (quintic Newton-Schulz in bfloat16)."""
-    x = matrix.bfloat16()
+    """Approximate `U V^T` of `matrix [..., m, n]` (quintic Newton-Schulz in bfloat16, where the processor has it)."""
+    x = matrix.bfloat16() if matrix.device.type != "cpu" or has_bfloat16() else matrix.float()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

@@ -1,6 +1,6 @@
 """Questions about stories as a task for decision reads: makes the data, and measures a model that was trained on it.
 
-    python recipes/default/decisions.py data                    # build/decisions: train.jsonl, questions.jsonl
+    python recipes/default/decisions.py data                    # build/decisions: what to train on, and what to ask
     dgemma train recipes/decisions.yaml --out runs/decisions    # minutes
     python recipes/default/decisions.py report                  # docs/figures/decisions.json and .png
 
@@ -14,22 +14,27 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dgemma import LLM
 from dgemma.bench.machine import Machine
 from dgemma.control.decide import QUESTION, Question, prepare
 from dgemma.eval.calibration import BINS, for_fitting, plot_reliability, reliability
 from dgemma.eval.decisions import Item, Measured, Report, fit, load_items, measure
+from dgemma.text.tokenizer import Tokenizer
+from dgemma.train.data.documents import Source
 from dgemma.train.stories import make_story
-from dgemma.train.stories.questions import story_clozes, story_questions, story_row
+from dgemma.train.stories.questions import facts_row, question_parts, story_clozes, story_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA, FIGURES = ROOT / "build" / "decisions", ROOT / "docs" / "figures"
-TRAIN_SEED, TEST_SEED = 3_000_000, 4_000_000  # above those of the default model's data, held-out ones included
+# Apart from each other and from those of the default model's data.
+TRAIN_SEED, OPENING_SEED, FACTS_SEED, TEST_SEED = 3_000_000, 3_200_000, 3_400_000, 4_000_000
 DRAWS = (1, 2, 4, 8)
 
 
@@ -42,12 +47,32 @@ def question_rows(count: int) -> Iterator[dict[str, Any]]:
             yield {"template": f"{story.text}\n\n{QUESTION}", "kind": one.kind, **labels, "answer": one.answer}
 
 
+def question_tokens(tokenizer: Tokenizer, seeds: Iterable[int], whole: bool) -> Source:
+    """Stories with questions, of which only the answers are targets: most of what a question says is chance."""
+    documents: list[list[int]] = []
+    spans: list[tuple[int, int]] = []
+    begin = 0
+    for seed in seeds:
+        ids = [tokenizer.bos]
+        for asked, answer in question_parts(seed, whole=whole):
+            ids += tokenizer.encode(asked)
+            spans.append((begin + len(ids), begin + len(ids) + len(told := tokenizer.encode(answer))))
+            ids += told
+        documents.append(ids)
+        begin += len(ids)
+    offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+    return Source("questions", np.concatenate(documents).astype(np.uint16), offsets, np.array(spans), True, None)
+
+
 def make_data(out: Path, train: int, test: int) -> None:
-    """Write both files."""
+    """Write what to train on, of different stories, and what to ask."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = (story_row(seed) for seed in range(TRAIN_SEED, TRAIN_SEED + train))
-    for name, lines in (("train", rows), ("questions", question_rows(test))):
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    tokenizer = LLM.load("default").tokenizer
+    for name, first, whole in (("train_openings", OPENING_SEED, False), ("train_questions", TRAIN_SEED, True)):
+        question_tokens(tokenizer, range(first, first + train), whole).save(out / f"{name}.npz")
+    told = (facts_row(FACTS_SEED + seed) for seed in range(train))
+    for name, rows in (("train_facts", told), ("questions", question_rows(test))):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def cloze_items(count: int) -> list[Item]:
@@ -84,8 +109,11 @@ def rates(llm: LLM, items: Sequence[Item], rounds: int) -> dict[str, Any]:
     """
     passages = list(dict.fromkeys(item.template for item in items))[: rounds + 1]
     seconds: dict[str, list[float]] = {}
+    passes: dict[str, list[int]] = {}
+    together: list[int] = []
     for round_, template in enumerate(passages):
         questions = [item.question for item in items if item.template == template]
+        together.append(len(questions))
         asked = prepare(llm.tokenizer.encode, template, questions, llm.encode_prompt(""))
         greedy = {"mode": "ar", "temperature": 0.0, "max_new_tokens": 2, "reuse": False}
         ways: dict[str, tuple[int, Callable[[], object]]] = {
@@ -97,14 +125,18 @@ def rates(llm: LLM, items: Sequence[Item], rounds: int) -> dict[str, Any]:
             "one autoregressive": (1, lambda a=asked, g=greedy: llm.generate(list(a[0].lead), **g)),
         }
         for name, (count, work) in ways.items():
-            begun = time.perf_counter()
+            before, begun = llm.engine.counters, time.perf_counter()
             work()
             if round_:  # the first round warms up
                 seconds.setdefault(name, []).append((time.perf_counter() - begun) / count)
+                after = llm.engine.counters
+                passes.setdefault(name, []).append(after.denoise_passes - before.denoise_passes)
     told = {name: round(1 / statistics.median(values), 2) for name, values in seconds.items()}
     return {
         "rounds": len(passages) - 1,
+        "questions_together": round(statistics.fmean(together), 2),
         "answers_per_second": told,
+        "denoise_passes": {name: round(statistics.fmean(counts), 2) for name, counts in passes.items()},
         "ratio_together": round(told["reads, 4 draws"] / told["autoregressive"], 3),
         "ratio_together_1_draw": round(told["reads, 1 draw"] / told["autoregressive"], 3),
         "ratio_alone": round(told["one read, 4 draws"] / told["one autoregressive"], 3),
@@ -132,9 +164,9 @@ def make_report(arguments: argparse.Namespace) -> None:
         items = [item for item in items if item.template in kept]
     measured = measure(llm, items, draws=4)
     calibration, reports = fit(measured)
-    few = [item for item in items if not for_fitting(item.template)][:800]
+    few = [item for item in items if not for_fitting(item.template)][: arguments.few]
     told = {
-        "model": str(arguments.model),
+        "model": Path(arguments.model).resolve().as_posix().removeprefix(f"{ROOT}/"),
         "machine": asdict(Machine.of(llm.device, llm.dtype)),
         "draws": 4,
         "bins": BINS,
@@ -173,12 +205,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("data", "report"))
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--train", type=int, default=12_000, help="stories to train on")
+    parser.add_argument("--train", type=int, default=3_000, help="stories of each file to train on")
     parser.add_argument("--test", type=int, default=400, help="stories to ask about")
     parser.add_argument("--model", default=ROOT / "runs" / "decisions" / "model")
     parser.add_argument("--figures", type=Path, default=FIGURES)
     parser.add_argument("--stories", type=int, help="report on so many of them only")
     parser.add_argument("--clozes", type=int, default=300, help="stories that the shipped model completes")
+    parser.add_argument("--few", type=int, default=800, help="questions to compare numbers of draws on")
     parser.add_argument("--rounds", type=int, default=30, help="of the speed comparison")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -1,11 +1,15 @@
-"""Closed questions about a told story, with their answers: a small task for decision reads. It knows no model."""
+"""Closed questions about a told story, and its facts as JSON: small tasks for decision reads and for constraints.
+
+It knows no model.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dgemma.train.stories import words
 from dgemma.train.stories.tell import Story, make_story
@@ -14,6 +18,14 @@ HOLE = "[[answer]]"
 _KINDS = (*words.ANIMALS, "boy", "girl")
 _NAMES = (*words.BOYS, *words.GIRLS, *words.HE_ANIMALS, *words.SHE_ANIMALS)
 _MOST = 9  # what "how many" counts up to
+_DECOYS = 10_000_000  # added to a seed: the story whose words are asked for in vain
+_THERE = (  # topic, question, words, and how many of a story's are asked for
+    ("name there", "Is {} there?", _NAMES, 2),
+    ("kind there", "Is a {} there?", _KINDS, 2),
+    ("colour there", "Is anything {} there?", words.COLOURS, 1),
+    ("place there", "Is {} there?", tuple(words.PLACES), 1),
+)
+FACTS = ("hero", "kind", "companion", "companion_kind", "place", "thing", "colour")
 
 
 @dataclass(frozen=True)
@@ -35,19 +47,61 @@ class StoryQuestion:
         return self.text.replace(HOLE, self.answer)
 
 
-def story_questions(story: Story, seed: int) -> list[StoryQuestion]:
-    """Every question that the story answers, in the order of `seed`, which also draws what is false."""
+def story_questions(story: Story, seed: int, sentences: int | None = None) -> list[StoryQuestion]:
+    """Every question that the story answers, in the order of `seed`, which also draws what is false.
+
+    `sentences`: the story is an opening of so many (see `opening`).
+    """
     rng = random.Random(f"questions {seed}")
+    decoy = make_story(seed + _DECOYS)
+    if sentences:
+        decoy = opening(decoy, sentences)
     asked = [one for make in _TOPICS if (one := make(story, rng)) is not None]
+    asked += _presence(story, decoy, rng)
     rng.shuffle(asked)
     return asked
 
 
-def story_row(seed: int) -> dict[str, str]:
-    """A row to train on: the story of a seed, and its questions with their answers, one a line."""
-    story = make_story(seed)
-    lines = "\n".join(question.told for question in story_questions(story, seed))
-    return {"prompt": f"{story.text}\n\n", "completion": lines}
+def opening(story: Story, sentences: int) -> Story:
+    """The first sentences of a story. Its facts are those of the whole."""
+    ends = [match.end() for match in re.finditer(r'[.!?]"?(?=\s|$)', story.text)]
+    return replace(story, text=story.text[: ends[:sentences][-1]])
+
+
+def question_parts(seed: int, *, whole: bool = True) -> list[tuple[str, str]]:
+    """To train on: a seed's story, or three to five sentences of it, and its questions, one a line.
+
+    Pairs of what is asked, the story before the first, and what is answered, to the end of its line.
+    """
+    story, sentences = make_story(seed), None if whole else 3 + seed % 3
+    if sentences:
+        story = opening(story, sentences)
+    parts, before = [], f"{story.text}\n\n"
+    for question in story_questions(story, seed, sentences):
+        asked, behind = question.text.split(HOLE)
+        parts.append((f"{before}{asked.rstrip()}", f" {question.answer}{behind}"))
+        before = "\n"
+    return parts
+
+
+def story_facts(story: Story) -> dict[str, str]:
+    """What a story tells of the fields in `FACTS`, in their order."""
+    return {name: value for name in FACTS if (value := getattr(story, name))}
+
+
+def facts_row(seed: int) -> dict[str, str]:
+    """To train on: the story of a seed, and its facts as a schema's answer writes them.
+
+    Of ten rows six have all facts in order, two in any order, two have only some.
+    """
+    story, rng = make_story(seed), random.Random(f"facts {seed}")
+    facts = list(story_facts(story).items())
+    kind = rng.random()
+    if kind < 0.4:
+        rng.shuffle(facts)
+    if kind < 0.2:
+        facts = facts[: rng.randint(1, len(facts) - 1)]
+    return {"prompt": f"{story.text}\n", "completion": json.dumps(dict(facts))}
 
 
 def _yes_no(topic: str, text: str, truth: bool) -> StoryQuestion:
@@ -67,15 +121,51 @@ def _is_colour(story: Story, rng: random.Random) -> StoryQuestion | None:
     return _yes_no("is colour", f"Was the {story.thing} {colour}?", truth)
 
 
-def _is_kind(story: Story, rng: random.Random) -> StoryQuestion:
-    kind, truth = _claim(rng, story.companion_kind, _KINDS)
-    return _yes_no("is kind", f"Was {story.companion} a {kind}?", truth)
+def _is_kind(story: Story, rng: random.Random) -> StoryQuestion | None:
+    """Both kinds are in the story: whose is it?"""
+    people = [(story.hero, story.kind), (story.companion, story.companion_kind)]
+    if not all(has(story.text, word) for pair in people for word in pair):
+        return None
+    rng.shuffle(people)
+    (name, kind), (_, other) = people
+    truth = rng.random() < 0.5
+    return _yes_no("is kind", f"Was {name} a {kind if truth else other}?", truth) if kind != other else None
 
 
-def _is_there(story: Story, rng: random.Random) -> StoryQuestion:
-    others = tuple(name for name in _NAMES if name not in story.text.replace(".", " ").replace(",", " ").split())
-    name, truth = _claim(rng, rng.choice([story.hero, story.companion]), others)
-    return _yes_no("is there", f"Was {name} there?", truth)
+def _is_animal(story: Story, rng: random.Random) -> StoryQuestion | None:
+    return _of_hero(story, "is animal", "Is the hero an animal?", story.kind in words.ANIMALS)
+
+
+def _is_she(story: Story, rng: random.Random) -> StoryQuestion | None:
+    return _of_hero(story, "is she", "Is the hero a she?", story.gender == "f")
+
+
+def _of_hero(story: Story, topic: str, text: str, truth: bool) -> StoryQuestion | None:
+    """The hero is whom the story calls by kind and name first."""
+    return _yes_no(topic, text, truth) if has(story.text, story.hero) and has(story.text, story.kind) else None
+
+
+def _presence(story: Story, decoy: Story, rng: random.Random) -> list[StoryQuestion]:
+    """Does a word occur? One of the story that the decoy lacks, or as often one of the decoy that the story lacks.
+
+    Both are stories alike, so that every word is as often there as not, and the word alone tells nothing.
+    """
+    asked = []
+    for topic, text, among, count in _THERE:
+        own, others = ([word for word in among if has(one.text, word)] for one in (story, decoy))
+        rng.shuffle(own)
+        rng.shuffle(others)
+        for at in range(count):
+            truth = rng.random() < 0.5
+            options, without = (own, others) if truth else (others, own)
+            if at < len(options) and options[at] not in without:
+                asked.append(_yes_no(topic, text.format(options[at]), truth))
+    return asked
+
+
+def has(text: str, word: str) -> bool:
+    """Whether a text has a word, or words, whole."""
+    return re.search(rf"\b{word}\b", text) is not None
 
 
 def _colour(story: Story, rng: random.Random) -> StoryQuestion | None:
@@ -85,13 +175,17 @@ def _colour(story: Story, rng: random.Random) -> StoryQuestion | None:
     return StoryQuestion("colour", "choice", text, words.COLOURS, story.colour)
 
 
-def _friend(story: Story, rng: random.Random) -> StoryQuestion:
+def _friend(story: Story, rng: random.Random) -> StoryQuestion | None:
+    if not (has(story.text, story.hero) and has(story.text, story.companion)):
+        return None
     text = f"Who was with {story.hero}? It was {HOLE}."
     return StoryQuestion("friend", "choice", text, _NAMES, story.companion)
 
 
-def _kind(story: Story, rng: random.Random) -> StoryQuestion:
+def _kind(story: Story, rng: random.Random) -> StoryQuestion | None:
     name, kind = rng.choice([(story.hero, story.kind), (story.companion, story.companion_kind)])
+    if not (has(story.text, name) and has(story.text, kind)):
+        return None
     return StoryQuestion("kind", "choice", f"What was {name}? A {HOLE}.", _KINDS, kind)
 
 
@@ -112,7 +206,7 @@ def _count(story: Story, rng: random.Random) -> StoryQuestion | None:
 
 
 _TOPICS: tuple[Callable[[Story, random.Random], StoryQuestion | None], ...] = (
-    _is_colour, _is_kind, _is_there, _colour, _friend, _kind, _place, _count,
+    _is_animal, _is_she, _is_colour, _is_kind, _colour, _friend, _kind, _place, _count,
 )  # fmt: skip
 
 
