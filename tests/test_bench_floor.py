@@ -18,6 +18,7 @@ from dgemma.cache import KVCache
 from dgemma.config import ModelConfig
 from dgemma.engine import Runner
 from dgemma.engine.attend import DenoiseAttend
+from dgemma.kernels.packed import has_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,8 @@ def test_pairs_are_those_the_mask_leaves(queries: int, keys: int, window: int | 
 @pytest.mark.parametrize("shape", [Product(7, 24, 16), Product(16, 8, 40, turned=True)])
 def test_every_product_is_the_same_product(shape: Product, dtype: torch.dtype) -> None:
     found = {name: call() for name, call, _ in rates._products(shape, CPU, dtype)}
-    assert {"F.linear", "mm(out=)", "oneDNN", "oneDNN, prepacked"} == set(found)
+    onednn = {"oneDNN", "oneDNN, prepacked"} if dtype is torch.float32 or has_bfloat16() else set()
+    assert {"F.linear", "mm(out=)"} | onednn == set(found)
     for out in found.values():
         assert isinstance(out, Tensor) and out.shape == (shape.rows, shape.outputs)
         assert (out - found["F.linear"]).abs().max() < 1e-4 if dtype is torch.float32 else 0.3

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dgemma.bench.machine import synchronise
+from dgemma.kernels.packed import has_bfloat16
 
 Call = Callable[[], object]
 CHUNK = 8192
@@ -153,7 +154,8 @@ class Rates:
 
 
 def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    able = dtype is torch.float32 or (dtype is torch.bfloat16 and has_bfloat16())
+    return device.type == "cpu" and able and torch.backends.mkldnn.is_available()
 
 
 def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
