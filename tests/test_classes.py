@@ -10,7 +10,7 @@ from chance import SURE, fits
 from torch import Tensor
 from vocab_kit import CAP, example, uniforms
 
-from dgemma.kernels import PackedHead, classes, shaped
+from dgemma.kernels import PackedHead, shaped
 from dgemma.kernels.classes import Head, class_stats, weighted
 
 SIZE, ROWS, KINDS = 300, 7, 5
@@ -48,7 +48,7 @@ def test_an_unlikely_class_is_not_lost() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_weights_make_another_distribution(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classes, "LOGITS_AT_ONCE", 3 * SIZE)
+    monkeypatch.setattr(shaped, "LOGITS_AT_ONCE", 3 * SIZE)
     head, of, logp = parts()
     if packed:
         head = Head(head.hidden, PackedHead(head.table), head.cap, head.temperature, bias=head.bias)

@@ -74,7 +74,9 @@ def test_the_ops_between_products(dtype: torch.dtype, rows: int, size: int) -> N
     scores = normal(rows, size, dtype=dtype, scale=4.0)
     scores[:, size // 2] = -torch.inf
     soft = call.softmax_(scores.clone())
-    close(soft, torch.softmax(scores, -1, dtype=torch.float32).to(dtype))
+    close(
+        soft, torch.softmax(scores, -1, dtype=torch.float32).to(dtype), ulps=3
+    )  # narrower vectors add in another order
     assert (soft[:, size // 2] == 0).all(), "what is masked is exactly nothing"
 
 
@@ -198,7 +200,11 @@ def test_an_encode_pass_knows_its_spans(dtype: torch.dtype, monkeypatch: pytest.
     known = hidden()
     assert not looks
     monkeypatch.setattr(EncodeAttend, "_view", lambda *args: view(*args)[:1])
-    assert torch.equal(hidden(), known) and len(looks) >= 3 * CONFIG.num_layers
+    compiled = native.load()
+    assert compiled is not None
+    # Without products of our own attention takes torch's way, which looks at the mask itself.
+    expected = 3 * CONFIG.num_layers if compiled.multiplies(dtype, 8) else 0
+    assert torch.equal(hidden(), known) and len(looks) >= expected
 
 
 def test_weights_of_mixed_types_take_the_plain_way() -> None:
