@@ -125,7 +125,7 @@ class CanvasBatch:
         return torch.tensor(values, dtype=dtype, device=self._device)
 
     def _packed(self, per_row: Tensor) -> Tensor:
-        return per_row.repeat_interleave(torch.tensor(self.widths, device=self._device))
+        return per_row.repeat_interleave(torch.tensor(self.widths, device=self._device), output_size=sum(self.widths))
 
     def _padded(self, parts: Sequence[Tensor]) -> Tensor:
         return pad_sequence(list(parts), batch_first=True)

@@ -259,7 +259,9 @@ class Runner:
         """Absolute positions, and positions inside the segment, `[T]` each."""
         places = torch.cat([torch.arange(count, device=self.device) for count in counts])
         starts = torch.tensor([cache.length for cache, _ in jobs], device=self.device)
-        return places + starts.repeat_interleave(torch.tensor(counts, device=self.device)), places
+        return places + starts.repeat_interleave(
+            torch.tensor(counts, device=self.device), output_size=sum(counts)
+        ), places
 
     def _count(self, **added: int) -> None:
         now = vars(self.counters)
