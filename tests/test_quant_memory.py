@@ -94,12 +94,12 @@ def look(folder: Path, dtype: str) -> dict[str, int]:
 
 @pytest.mark.parametrize(("name", "dtype"), [("int8wo", "float32"), ("int4wo", "bfloat16"), ("int8dyn", "float32")])
 def test_weights_stay_packed(name: str, dtype: str, source: Path, tmp_path: Path) -> None:
-    if name == "int8dyn" and not has_bfloat16():
-        pytest.skip("takes 8 % more than allowed on processors without AVX-512")
     quantize_checkpoint(source, tmp_path / "q", make_format(name))
     size = (tmp_path / "q" / "model.safetensors").stat().st_size
     found = look(tmp_path / "q", dtype)
     allowed = found["imported"] + 1.15 * size + SLACK
     figures = {stage: value // MB for stage, value in found.items()} | {"file": size // MB, "allowed": allowed // MB}
     print(figures)
+    if name == "int8dyn" and not has_bfloat16() and found["loaded"] <= allowed < found["done peak"]:
+        pytest.xfail("the peak is 8 % over what is allowed on processors without AVX-512")
     assert found["loaded"] <= allowed and found["done peak"] <= allowed, figures

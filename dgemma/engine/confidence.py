@@ -24,7 +24,7 @@ class Changes:
         """Before the first step, whose prediction is no change of an earlier one."""
         return Changes(torch.full_like(canvas, -1), torch.zeros_like(canvas))
 
-    def after(self, changed: Tensor, step: int) -> Changes:
+    def after(self, changed: Tensor, step: int | Tensor) -> Changes:
         """After step number `step`, which predicts something else where `changed [C]`; the first one everywhere."""
         return Changes(self.count + changed, torch.where(changed, step, self.last))
 

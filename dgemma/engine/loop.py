@@ -75,10 +75,8 @@ class Engine:
         self.faults: dict[int, RequestError] = {}
         """Why requests were aborted whose hook failed; whoever ticks takes them out."""
         self._pace = Pace(Costs(config.canvas_cost))
-        if record is None and self.runner.records:
-            record = CudaRecorder()
-        lanes = record is not None and config.graph_rows
-        self.graphs = Graphs(self.runner, config, self.new_cache, record) if record and lanes else None
+        record = record or (CudaRecorder() if self.runner.records else None)
+        self.graphs = Graphs(self.runner, config, self.new_cache, record) if record and config.graph_rows else None
         self._totals = Totals()
         self._load = Load(kv_limit=config.kv_bytes)
 
@@ -194,9 +192,10 @@ class Engine:
         """An encode and a denoise pass, or one for both where nothing of the second hangs on the end of the first; and
         recorded steps of the canvases that take those.
         """
-        running = list(self._running.values())
-        recorded = [state for state in running if self.graphs and self.graphs.serves(state)]
-        rest = [state for state in running if state not in recorded]
+        recorded = {
+            number: state for number, state in self._running.items() if self.graphs and self.graphs.serves(state)
+        }
+        rest = [state for number, state in self._running.items() if number not in recorded]
         encoding = plan_encode(rest, self.config)
         for state in encoding:
             state.turn = next(self._turn)
@@ -206,7 +205,7 @@ class Engine:
         else:
             events = self._timed("encode", lambda: self._encode(encoding))
             events += self._timed("denoise", lambda: self._denoise(rest))
-        return events + self._replay(recorded, alone=not rest and not self._waiting)
+        return events + self._replay([*recorded.values()], alone=not rest and not self._waiting)
 
     def _replay(self, states: Sequence[State], alone: bool) -> list[Event]:
         """Recorded steps of `states`, more than one if they are `alone`."""

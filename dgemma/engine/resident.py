@@ -197,10 +197,10 @@ class Resident:
         rule = StopRule(slots.stability, slots.confidence, slots.jax)
         stable, history = should_stop(stats, rows, History(slots.argmax, slots.run), rule)
         step = self._sampler(stats, rows, noise)
-        taken = (slots.steps - slots.step + 1)[:, None]
+        changes = Changes(slots.changes, slots.last_change).after(changed, (slots.steps - slots.step + 1)[:, None])
         new = {name: getattr(stats, name) for name in _STATS} | {
             "ids": step.canvas, "accepted": step.accepted, "soft": soft, "run": history.run,
-            "changes": slots.changes + changed, "last_change": torch.where(changed, taken, slots.last_change),
+            "changes": changes.count, "last_change": changes.last,
             "step": slots.step - 1, "stable": stable, "done": stable | (slots.step <= 1),
         }  # fmt: skip
         done = slots.done.clone()

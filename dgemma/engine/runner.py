@@ -259,9 +259,8 @@ class Runner:
         """Absolute positions, and positions inside the segment, `[T]` each."""
         places = torch.cat([torch.arange(count, device=self.device) for count in counts])
         starts = torch.tensor([cache.length for cache, _ in jobs], device=self.device)
-        return places + starts.repeat_interleave(
-            torch.tensor(counts, device=self.device), output_size=sum(counts)
-        ), places
+        sizes = torch.tensor(counts, device=self.device)
+        return places + starts.repeat_interleave(sizes, output_size=len(places)), places
 
     def _count(self, **added: int) -> None:
         now = vars(self.counters)

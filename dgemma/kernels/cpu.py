@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dgemma.kernels import cpu_vocab, native, reference
+from dgemma.kernels.packed import invariant
 
 _VECTORS = 32  # elements that torch's GELU takes in one turn (two AVX-512 vectors; fewer elsewhere)
 
@@ -32,10 +33,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         # oneDNN falls to a path a thousand times slower on rows with gaps between them.
         weight = weight.contiguous()
-    rows = x.reshape(-1, x.shape[-1])
-    single = rows.shape[0] == 1  # oneDNN takes another kernel for one row
-    out = torch.ops.mkldnn._linear_pointwise(rows.expand(2, -1) if single else rows, weight, None, "none", [], "")
-    return (out[:1] if single else out).view(*x.shape[:-1], weight.shape[0])
+    return invariant(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans: Tensor | None = None) -> Tensor:

@@ -43,9 +43,9 @@ class Packed:
             out = self._ours.multiply(rows.contiguous(), self._weight, self._shape[0])
         elif self._widened:
             # torch's own product would take four times as long as this one with its copies.
-            out = _invariant(rows.float(), self._weight.float()).to(x.dtype)
+            out = invariant(rows.float(), self._weight.float()).to(x.dtype)
         else:
-            out = _invariant(rows, self._weight)
+            out = invariant(rows, self._weight)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], self._shape[0])
 
     def dense(self) -> Tensor:
@@ -54,8 +54,8 @@ class Packed:
         return self._weight if self._widened else self._weight.to_dense()
 
 
-def _invariant(rows: Tensor, weight: Tensor) -> Tensor:
-    """oneDNN's product. It takes another kernel, and other bits, for one row."""
+def invariant(rows: Tensor, weight: Tensor) -> Tensor:
+    """oneDNN's product of `rows [T, in]`; it takes another kernel, and other bits, for one row, so that is made two."""
     single = rows.shape[0] == 1
     out: Tensor = _product(rows.expand(2, -1) if single else rows, weight, None, "none", [], "")
     return out[:1] if single else out
