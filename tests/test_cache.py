@@ -58,8 +58,8 @@ def read(pair: tuple[Tensor, Tensor]) -> list[int]:
 def append(cache: KVCache, lists: Lists, count: int, commit: bool = True) -> None:
     new = lists.fresh(count)
     for layer in range(lists.config.num_layers):
-        got = read(cache.append(layer, *keys(lists.config, layer, new)))
-        assert got == lists.seen(layer, lists.marks + new, count)
+        cache.append(layer, *keys(lists.config, layer, new))
+        assert read(cache.prefix(layer, count)) == lists.seen(layer, lists.marks + new, count)
     if commit:
         cache.advance(count)
         lists.marks += new
@@ -80,7 +80,8 @@ def together(cache: KVCache, lists: Lists, counts: list[int]) -> None:
         for view, new in zip(views, news, strict=True):
             assert view.length == len(seen)
             seen += new
-            assert read(view.append(layer, *keys(lists.config, layer, new))) == lists.seen(layer, seen, len(new))
+            view.append(layer, *keys(lists.config, layer, new))
+            assert read(view.prefix(layer, len(new))) == lists.seen(layer, seen, len(new))
     check(cache, lists)
     cache.advance(sum(counts))
     lists.marks += [mark for new in news for mark in new]

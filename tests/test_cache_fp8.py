@@ -95,7 +95,9 @@ class Pair:
         for layer, shape in enumerate(self.config.layers):
             for codes, plain, count in views:
                 k, v = self.fresh(shape, count)
-                same(codes.append(layer, k, v), plain.append(layer, rounded(k), rounded(v)))
+                codes.append(layer, k, v)
+                plain.append(layer, rounded(k), rounded(v))
+                same(codes.prefix(layer, count), plain.prefix(layer, count))
         for cache in (self.codes, self.plain):
             cache.advance(sum(counts))
 
@@ -198,7 +200,8 @@ def test_what_it_needs_by_hand_and_in_buffers(dim: int) -> None:
     for _ in range(7):
         for layer, shape in enumerate(config.layers):
             k = torch.ones(10, shape.num_kv_heads, shape.head_dim, dtype=torch.bfloat16)
-            assert cache.append(layer, k, k)[0].dtype is torch.bfloat16
+            cache.append(layer, k, k)
+            assert cache.prefix(layer, 10)[0].dtype is torch.bfloat16
         cache.advance(10)
     held = sum(x.nbytes for layer in range(2) for x in (*cache.slots(layer)[:2], *(cache.slots(layer)[2] or ())))
     assert held == by_hand

@@ -81,19 +81,55 @@ def test_an_answer_is_the_same(name: str) -> None:
         got, expected = run(recorded, [item]), run(plain, [item])
         assert same(got, expected) and tokens(got)
         steps = sum(event.steps for event in got if isinstance(event, Committed))
+        assert recorded.graphs is not None and recorded.graphs.replayed == steps - 1, "all but that with the prompt"
         canvases = sum(isinstance(event, Committed) for event in got)
-        assert recorded.graphs is not None and recorded.graphs.replayed == steps - canvases
-        assert recorded.counters == plain.counters
+        assert recorded.load == plain.load and recorded.counters.shared_passes == canvases
 
 
-def test_the_kernels_give_the_same_bits() -> None:
-    """Through the GPU's row, with experts and two canvases a pass: nothing is rounded otherwise than step by step."""
-    items = [request(n, seed=n, max_denoising_steps=3, max_new_tokens=CANVAS, **CALM) for n in (3, WINDOW + CANVAS)]
+TWO = {"max_denoising_steps": 3, "max_new_tokens": CANVAS}
+AFTER = {"max_denoising_steps": 2, "max_new_tokens": 2 * CANVAS, "stability_threshold": None}
+
+
+@pytest.mark.parametrize(("lengths", "changes", "dtype"), [
+    ((3, WINDOW + CANVAS), TWO, "auto"), ((CANVAS,), AFTER, "auto"), ((CANVAS,), AFTER, "fp8")
+])  # fmt: skip
+def test_the_kernels_give_the_same_bits(lengths: tuple[int, ...], changes: dict[str, Any], dtype: str) -> None:
+    """Through the GPU's row, with experts: two canvases a pass, and a canvas that is encoded in two blocks with the
+    first step of the next. Nothing is rounded otherwise than step by step.
+    """
+    items = [request(n, seed=n, **(changes | CALM)) for n in lengths]
+    config = replace(LANES, kv_cache_dtype=dtype, prefix_block=CANVAS // 2, prefix_cache_tokens=100)
     with kernels.use(ROW):
-        recorded = Engine(tiny_model(layers=LAYERS).to(DEVICE), LANES, record=RECORD)
-        got = run(recorded, items)
-        assert got == run(Engine(tiny_model(layers=LAYERS).to(DEVICE), replace(LANES, graph_rows=0)), items)
-    assert recorded.graphs is not None and recorded.graphs.replayed == 2
+        recorded, plain = (
+            Engine(tiny_model(layers=LAYERS).to(DEVICE), replace(config, graph_rows=rows), record=RECORD)
+            for rows in (2, 0)
+        )
+        assert run(recorded, items) == run(plain, items)
+    assert recorded.prefixes.tokens == plain.prefixes.tokens > 0
+    assert recorded.graphs is not None and recorded.graphs.replayed == 4 - len(items)
+
+
+def test_many_canvases_of_growing_widths() -> None:
+    """Over and over the ring of a sliding layer; a canvas of another width than the one that is encoded with it."""
+    item = request(2, max_denoising_steps=2, narrow="adaptive", max_new_tokens=50, canvas_length=16, **CALM)
+    recorded, plain = engine(), ordinary()
+    got = run(recorded, [item])
+    assert same(got, run(plain, [item])) and recorded.load == plain.load
+    widths = [len(event.tokens) for event in got if isinstance(event, Committed)]
+    assert len({*widths}) > 1 and len(widths) > 3
+    assert recorded.graphs is not None and recorded.graphs.replayed == 2 * len(widths) - 1
+
+
+@pytest.mark.parametrize(
+    ("config", "replayed"),
+    [({"fuse": False}, 4), ({"max_batch_tokens": 2 * CANVAS - 1}, 4), ({"encode_chunk": CANVAS - 1}, 5)],
+)
+def test_passes_that_are_not_to_be_shared_are_not(config: dict[str, Any], replayed: int) -> None:
+    """Where a chunk is shorter than a canvas, only its end is encoded with the next one."""
+    item = request(2, max_denoising_steps=3, stability_threshold=None, max_new_tokens=2 * CANVAS, **CALM)
+    recorded, plain = (make(replace(LANES, **config)) for make in (engine, ordinary))
+    assert same(run(recorded, [item]), run(plain, [item])) and recorded.load == plain.load
+    assert recorded.graphs is not None and recorded.graphs.replayed == replayed
 
 
 @pytest.mark.parametrize("start, count", [(0, 0), (0, 1), (3, 5), (5, 6), (7, 7), (2, 3)])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 from train_kit import CONFIG
 
+from dgemma import kernels
 from dgemma.cache import KVCache
 from dgemma.config import ModelConfig
 from dgemma.engine import Runner
-from dgemma.engine.attend import EncodeAttend
 from dgemma.engine.runner import Draws
 from dgemma.kernels import cpu, cpu_vocab, native, reference
 from dgemma.kernels.packed import Packed
+from dgemma.kernels.reference_attention import inside
 from dgemma.model import DiffusionGemma
 from dgemma.train.init import new_model
 
@@ -182,29 +184,39 @@ def test_the_fast_stack_is_the_block_by_block_one(size: str, dtype: torch.dtype)
 def test_an_encode_pass_knows_its_spans(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of one pass, over the edges of the window: nothing is looked up in a mask, and no bit differs if it is."""
     _, fast, _ = stacks(CONFIG, dtype)
-    window, counts, looks = CONFIG.sliding_window, [5, 1, 7, CONFIG.sliding_window + 3], []
-    find, view = cpu._spans, EncodeAttend._view
+    window, counts, looks, asked = CONFIG.sliding_window, [5, 1, 7, CONFIG.sliding_window + 3], [], []
+    find, attend = cpu._spans, cpu.attention
 
     def looked(mask: Tensor) -> Tensor | None:
         looks.append(mask.shape)
         return find(mask)
 
-    def hidden() -> Tensor:
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spans: Tensor | None) -> Tensor:
+        out = attend(q, k, v, mask, spans)
+        if spans is not None:
+            assert torch.equal(attend(q, k, v, inside(spans, torch.arange(len(k)))), out)
+            asked.append(spans.shape)
+        assert mask is None and (spans is not None or len(q) == 1)
+        return out
+
+    def encode() -> None:
         cache = KVCache(CONFIG, fast.device, dtype, 2 * window + 64)
         fast.encode([(cache, list(range(window - 1)))])
         ids = iter(range(3, 3 + sum(counts)))
-        parts = [(part, [next(ids) for _ in range(n)]) for part, n in zip(cache.segments(counts), counts, strict=True)]
-        return torch.cat(fast.encode(parts))
+        fast.encode(
+            [(view, [next(ids) for _ in range(n)]) for view, n in zip(cache.segments(counts), counts, strict=True)]
+        )
 
     monkeypatch.setattr(cpu, "_spans", looked)
-    known = hidden()
+    encode()
     assert not looks
-    monkeypatch.setattr(EncodeAttend, "_view", lambda *args: view(*args)[:1])
+    row = dict(kernels.TABLE["cpu"]) | {"stored_attention": partial(cpu.stored_attention, attend=watched)}
+    monkeypatch.setattr(kernels, "TABLE", {"cpu": row})
+    encode()
     compiled = native.load()
-    assert compiled is not None
+    assert compiled is not None and len(asked) == 4 * CONFIG.num_layers
     # Without products of our own attention takes torch's way, which looks at the mask itself.
-    expected = 3 * CONFIG.num_layers if compiled.multiplies(dtype, 8) else 0
-    assert torch.equal(hidden(), known) and len(looks) >= expected
+    assert len(looks) == (len(asked) if compiled.multiplies(dtype, 8) else 0)
 
 
 def test_weights_of_mixed_types_take_the_plain_way() -> None:

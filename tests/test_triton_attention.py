@@ -13,6 +13,7 @@ from triton_kit import CLOSE, DEVICE, DTYPES, NAN, Random, error, poisoned, same
 
 from dgemma import kernels
 from dgemma.cache import KVCache
+from dgemma.engine.attend import causal
 from dgemma.engine.runner import Runner
 from dgemma.kernels import reference, triton_attention
 from dgemma.kernels.triton_attention import Blocks
@@ -135,7 +136,7 @@ def test_a_model_reads_the_codes_it_has_stored(monkeypatch: pytest.MonkeyPatch) 
     real = triton_attention._run
 
     def watched(*args: Any) -> Tensor:
-        calls.append(args[8] is not None)
+        calls.append(args[5] is not None)
         return real(*args)
 
     monkeypatch.setattr(triton_attention, "_run", watched)
@@ -157,6 +158,32 @@ def test_encoding_is_causal_and_slides(queries: int, keys: int, window: int | No
         got = triton_attention.attention(q, k, v, None, spans.to(DEVICE))
     assert error(got, exact(q, k, v, spans)) < 1e-5
     assert error(reference.attention(q, k, v, None, spans.to(DEVICE)), exact(q, k, v, spans)) < 1e-5
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("start", [0, 17])
+def test_encoding_reads_a_store_where_it_lies(start: int, window: int | None, fp8: bool, share: int) -> None:
+    """A ring or not, in codes or not; told where, or asking the device, for which any number of shares is the same."""
+    random, count = Random(start), 29
+    q = random(CANVAS, 4, 12)
+    k, k_scale, before_k = codes(random, 30, 2, 12, start, count)
+    v, v_scale, before_v = codes(random, 30, 2, 12, start, count)
+    scales = (k_scale, v_scale) if fp8 else None
+    if not fp8:
+        (k, before_k), (v, before_v) = (store(random, 30, 2, 12, start, count) for _ in range(2))
+    spans = causal(torch.arange(count - CANVAS, count, device=DEVICE), window)
+    with poisoned():
+        told = triton_attention.stored_attention(q, k, v, start, count, spans, scales)
+    where = torch.tensor([start, count], device=DEVICE)
+    for most in (count, 100):
+        assert torch.equal(triton_attention.stored_attention(q, k, v, 0, most, spans, scales, where), told)
+    expected = exact(q, before_k, before_v, spans)
+    assert error(told, expected) < 1e-5
+    assert error(reference.stored_attention(q, k, v, start, count, spans, scales), expected) < 1e-5
+    assert error(reference.stored_attention(q, k, v, 0, 100, spans, scales, where), expected) < 1e-5
+    if not fp8:
+        assert torch.equal(triton_attention.attention(q, before_k, before_v, None, spans), told)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,6 +228,7 @@ def test_no_queries_no_output() -> None:
     q, k = torch.ones(0, 4, 8, device=DEVICE), torch.ones(5, 2, 8, device=DEVICE)
     assert triton_attention.attention(q, k, k).shape == (0, 4, 8)
     assert triton_attention.canvas_attention(q, q[:, :2], q[:, :2], k, k, 0, 5).shape == (0, 4, 8)
+    assert triton_attention.stored_attention(q, k, k, 0, 5).shape == (0, 4, 8)
 
 
 def test_high_scores_do_not_overflow(share: int) -> None:

@@ -22,8 +22,8 @@ from dgemma.model.device import DeviceStack, _Beside
 from dgemma.quant import fp8
 
 OPS = {
-    "rms_norm", "linear", "heads", "attention", "canvas_attention", "geglu", "middle", "close", "choose", "experts",
-    "vocab",
+    "rms_norm", "linear", "heads", "stored_attention", "canvas_attention", "geglu", "middle", "close", "choose",
+    "experts", "vocab",
 }  # fmt: skip
 
 
@@ -88,7 +88,9 @@ def test_generate_equals_the_reference_with_no_fall_back(length: int, by_referen
     assert set(calls) == OPS
     layers, passes = model.config.num_layers, calls["heads"] // model.config.num_layers
     assert calls["heads"] == calls["middle"] == calls["choose"] == calls["experts"] == layers * passes
-    assert calls["canvas_attention"] + calls["attention"] == calls["close"] > layers * passes, "halves of shared passes"
+    assert calls["canvas_attention"] + calls["stored_attention"] == calls["close"] > layers * passes, (
+        "halves of shared passes"
+    )
     assert calls["vocab"] == calls["canvas_attention"] // layers == passes, "one a step, and no pass without"
 
 

@@ -98,7 +98,9 @@ def attention(rows: int, dtype: torch.dtype) -> None:
             triton_attention.canvas_attention(q, k, v, old, old, 0, stored)
             codes, scale = like(stored, keys, dim, dtype=torch.float8_e4m3fn), like(stored, keys, dtype=torch.float32)
             triton_attention.canvas_attention(q, k, v, codes, codes, 0, stored, (scale, scale))
-            triton_attention.attention(q, old, old, None, like(rows, 2, dtype=torch.int64))
+            spans, where = like(rows, 2, dtype=torch.int64), like(2, dtype=torch.int64)
+            triton_attention.attention(q, old, old, None, spans)
+            triton_attention.stored_attention(q, codes, codes, 0, stored, spans, (scale, scale), where)
 
 
 def experts(rows: int, dtype: torch.dtype) -> None:

@@ -74,28 +74,30 @@ class KVCache:
             for layer in config.layers
         ]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store fresh `k, v [n, K, D]` at positions length .. length + n - 1 of one layer, n <= slack.
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store fresh `k, v [n, K, D]` at positions length .. length + n - 1 of one layer, n <= slack."""
+        assert 1 <= k.shape[0] <= self.slack
+        self._layers[layer].write(self.length, k, v)
 
-        Returns every key and value that some of the n queries may see, in position order, the fresh ones
-        last: all of them in a full layer, the last `W - 1 + n` in a sliding one.
-        """
-        count = k.shape[0]
-        assert 1 <= count <= self.slack
-        store = self._layers[layer]
-        store.write(self.length, k, v)
-        return store.read(self._first(store), self.length + count)
+    def put(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """`append` for who knows only on the device where: `slots [n]`, in reserved memory (`slots`)."""
+        self._layers[layer].put(slots, k, v)
 
     def advance(self, count: int) -> None:
         """Make the `count` tokens that were just appended to every layer part of the prefix."""
         self.length += count
+        for table in self._tables():
+            table.written = max(table.written, self.length)
 
-    def prefix(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The keys and values every canvas position may see: all (full), or the last W - 1 (sliding)."""
+    def prefix(self, layer: int, fresh: int = 0) -> tuple[Tensor, Tensor]:
+        """The keys and values every canvas position may see: all (full), or the last W - 1 (sliding).
+
+        With the `fresh` tokens behind them that were just appended: so whatever some of their queries may see.
+        """
         store = self._layers[layer]
-        return store.read(self._first(store), self.length)
+        return store.read(self._first(store), self.length + fresh)
 
-    def stored(self, layer: int) -> tuple[Tensor, Tensor, int, int, tuple[Tensor, Tensor] | None]:
+    def stored(self, layer: int, fresh: int = 0) -> tuple[Tensor, Tensor, int, int, tuple[Tensor, Tensor] | None]:
         """`prefix` where it lies: buffers of keys and values, the slot of its first token, and how many there are.
 
         They follow each other, behind the last slot at slot 0 again. Last come the scales `[slots, K]` of keys and
@@ -104,7 +106,7 @@ class KVCache:
         store = self._layers[layer]
         first = self._first(store)
         start = first if store.slots is None else first % store.slots
-        return *store.buffers, start, self.length - first, store.scales
+        return *store.buffers, start, self.length + fresh - first, store.scales
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """All buffers of `stored`. They stay where they are while no more tokens come than `reserve` was told."""
@@ -272,6 +274,10 @@ class _Layer:
             self._k[part], self._v[part] = k[done : done + count], v[done : done + count]
             done += count
 
+    def put(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        for buffer, x in ((self._k, k), (self._v, v)):
+            _bytes(buffer).index_copy_(0, slots, _bytes(x))
+
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         parts = self._parts(start, stop)
         if len(parts) == 1:
@@ -321,6 +327,11 @@ class _Fp8Layer:
         self._codes.write(start, k, v)
         self._scales.write(start, k_scale, v_scale)
 
+    def put(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        (k, k_scale), (v, v_scale) = round_vectors(k), round_vectors(v)
+        self._codes.put(slots, k, v)
+        self._scales.put(slots, k_scale, v_scale)
+
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         k, v = (
             restore(codes, scale, self._dtype)
@@ -333,3 +344,8 @@ def _grown(old: Tensor, size: int) -> Tensor:
     new = old.new_empty(size, *old.shape[1:])
     new[: old.shape[0]] = old
     return new
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """e4m3 has few ops of its own."""
+    return x.view(torch.uint8) if x.dtype is E4M3 else x

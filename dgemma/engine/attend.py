@@ -14,6 +14,7 @@ from torch import Tensor
 from dgemma import kernels
 from dgemma.cache import KVCache
 from dgemma.config import ModelConfig
+from dgemma.model.attention import Attend
 
 
 def spans(counts: Sequence[int]) -> list[slice]:
@@ -31,29 +32,36 @@ class EncodeAttend:
     def __init__(self, config: ModelConfig, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
         self._config = config
         self._segments = list(zip(caches, spans(counts), strict=True))
-        self._views: dict[tuple[int, int, bool], tuple[Tensor | None, ...]] = {}
+        self._spans: dict[tuple[int, int, bool], Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sliding = self._config.layers[layer].kind == "sliding"
         out = []
         for cache, span in self._segments:
-            keys, values = cache.append(layer, k[span], v[span])
-            view = self._view(span.stop - span.start, keys.shape[0], sliding, q.device)
-            out.append(kernels.attention(q[span], keys, values, *view))
+            cache.append(layer, k[span], v[span])
+            *store, count, scales = cache.stored(layer, span.stop - span.start)
+            seen = self._seen(span.stop - span.start, count, sliding, q.device)
+            out.append(kernels.stored_attention(q[span], *store, count, seen, scales))
         return torch.cat(out)
 
-    def _view(self, queries: int, keys: int, sliding: bool, device: torch.device) -> tuple[Tensor | None, ...]:
-        """What the last `queries` of `keys` positions see, as spans; on a CPU, whose op wants both, also as a mask.
+    def _seen(self, queries: int, keys: int, sliding: bool, device: torch.device) -> Tensor | None:
+        """Spans of what the last `queries` of `keys` positions see; None where the one query sees every key.
 
-        Nothing where the one query sees every key. All layers of a kind share it.
+        All layers of a kind share them.
         """
+        if queries == 1:
+            return None
         key = (queries, keys, sliding)
-        if queries > 1 and key not in self._views:
-            q, k = torch.arange(keys - queries, keys, device=device), torch.arange(keys, device=device)
-            first = (q + 1 - self._config.sliding_window).clamp(min=0) if sliding else torch.zeros_like(q)
-            mask = (first[:, None] <= k) & (k <= q[:, None]) if device.type == "cpu" else None
-            self._views[key] = (mask, torch.stack([first, q + 1], dim=1))
-        return self._views.get(key, ())
+        if key not in self._spans:
+            window = self._config.sliding_window if sliding else None
+            self._spans[key] = causal(torch.arange(keys - queries, keys, device=device), window)
+        return self._spans[key]
+
+
+def causal(places: Tensor, window: int | None) -> Tensor:
+    """Spans `[n, 2]` of what queries at `places [n]` of a sequence see: all up to themselves, or the last `window`."""
+    first = torch.zeros_like(places) if window is None else (places + 1 - window).clamp(min=0)
+    return torch.stack([first, places + 1], dim=1)
 
 
 class DenoiseAttend:
@@ -78,7 +86,7 @@ class SharedAttend:
     So a canvas may see the keys and values that the same pass has just stored (`KVCache.ahead`).
     """
 
-    def __init__(self, encode: EncodeAttend, denoise: DenoiseAttend, clean: int) -> None:
+    def __init__(self, encode: Attend, denoise: Attend, clean: int) -> None:
         self._encode, self._denoise, self._clean = encode, denoise, clean
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from dgemma.engine.scheduler import parts
 class Chunks:
     """The chunks of `states`: `jobs` for the pass, `finish` after it."""
 
-    def __init__(self, states: Sequence[State], config: EngineConfig) -> None:
+    def __init__(self, states: Sequence[State], config: EngineConfig, invariant: bool) -> None:
         self._states = states
-        self._cuts = [parts(state, config) for state in states]
+        self._cuts = [parts(state, config, invariant) for state in states]
         self.jobs: list[tuple[KVCache, Sequence[int]]] = []
         for state, counts in zip(states, self._cuts, strict=True):
             state.encode_passes += state.cache.length >= len(state.request.prompt)

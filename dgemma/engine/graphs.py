@@ -2,18 +2,20 @@
 running them.
 
 A request whose canvases ask for nothing special gets a *lane*: a cache that stays where it is, so that a recorded step
-finds it. Its commits, and the first step with them, take the ordinary path; the steps after that are replays. All other
-requests (drafts to watch, hooks, constraints, log-probabilities, other modes, answers longer than a lane) and canvases
-(pins, biases, top-k, top-p) take the ordinary path throughout, in the same ticks. Both give the same answers.
+finds it. Its prompt, and the first step with that, take the ordinary path; all steps after that are replays, those that
+encode the canvas before them in the same pass, too. All other requests (drafts to watch, hooks, constraints,
+log-probabilities, other modes, answers longer than a lane) and canvases (pins, biases, top-k, top-p) take the ordinary
+path throughout, in the same ticks. Both give the same answers.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +23,12 @@ from torch import Tensor
 from dgemma.cache import KVCache
 from dgemma.config import EngineConfig
 from dgemma.diffusion.protocol import Stats, Step
+from dgemma.engine.load import Totals
+from dgemma.engine.memory import Memory
 from dgemma.engine.request import Canvas, Request, State
 from dgemma.engine.resident import Resident
 from dgemma.engine.runner import Runner
+from dgemma.engine.scheduler import chunk
 from dgemma.engine.shapes import shapes
 
 Replay = Callable[[], None]
@@ -54,12 +59,20 @@ class CudaRecorder:
         return replay
 
 
+class _Kind(NamedTuple):
+    """Canvases that share tensors, and so recordings."""
+
+    width: int
+    sampler: str
+
+
 @dataclass
 class _Seat:
     """A canvas in its lane, and how many steps it has left at most."""
 
     state: State
     canvas: Canvas
+    kind: _Kind
     resident: Resident
     left: int
 
@@ -75,16 +88,15 @@ class _Seat:
 class Graphs:
     """The lanes of an engine, and the recordings of their steps."""
 
-    def __init__(
-        self, runner: Runner, config: EngineConfig, new_cache: Callable[[int], KVCache], record: Record
-    ) -> None:
-        self._runner, self._record, self._ahead = runner, record, config.graph_ahead
+    def __init__(self, runner: Runner, config: EngineConfig, memory: Memory, totals: Totals, record: Record) -> None:
+        self._runner, self._config, self._memory, self._totals = runner, config, memory, totals
+        self._record, self._ahead = record, config.graph_ahead
         self._tokens = min(config.graph_tokens, runner.model.config.max_positions)
-        self._lanes = [new_cache(self._tokens) for _ in range(config.graph_rows)]
+        self._lanes = [memory.new_cache(self._tokens) for _ in range(config.graph_rows)]
         self._owners: list[int | None] = [None] * len(self._lanes)
         self._seats: dict[int, _Seat] = {}
-        self._residents: dict[tuple[int, str], Resident] = {}
-        self._replays: dict[tuple[int, str, int, int], Replay] = {}
+        self._residents: dict[_Kind, Resident] = {}
+        self._replays: dict[tuple[_Kind, int, int, int, int], Replay] = {}
         self._watches = [_Watch(len(self._lanes), runner.device) for _ in range(config.graph_ahead + 1)]
         self.replayed = 0
         """Steps that were replays, of one canvas or of several."""
@@ -110,45 +122,73 @@ class Graphs:
                 self._seats.pop(lane).resident.free(lane)
 
     def serves(self, state: State) -> bool:
-        """Whether the canvas in work takes its next step here."""
-        canvas, device = state.canvas, self._runner.device
-        if state.id not in self._owners or canvas is None or canvas.pins or state.config.top_k:
+        """Whether the request takes its next step here. If it is a canvas's first, the canvas is begun."""
+        if state.id not in self._owners or state.config.top_k:
             return False
-        return not shapes(state, self._runner.model.config.vocab_size, device)
+        model, device = self._runner.model.config, self._runner.device
+        canvas = state.canvas
+        if canvas is None:
+            whole = chunk(state, self._config) == state.pending
+            room = self._config.max_batch_tokens - state.pending - state.next_width(model)
+            if not (state.commits and self._config.fuse and whole and room >= 0):
+                return False
+            canvas = state.start_canvas(model, device)
+        return not (canvas.pins or shapes(state, model.vocab_size, device))
 
     def run(self, states: Sequence[State], patient: bool) -> Iterator[tuple[State, Stats, Step, bool]]:
-        """Replay steps of `states`: until a canvas is done if `patient` (up to a limit), else one.
+        """Replay steps of `states`: until a canvas is done if `patient` (up to a limit), else one or two.
 
         Gives those that are done: their stats `[1, C]`, their step, and whether the stop rule ended them.
         """
-        groups: dict[tuple[int, str], list[int]] = {}
+        groups: dict[_Kind, list[int]] = {}
         for state in states:
-            assert state.canvas is not None
-            key = state.canvas.width, state.config.sampler
             lane = self._owners.index(state.id)
-            groups.setdefault(key, []).append(lane)
-            if lane not in self._seats:
-                resident = self._resident(key)
-                resident.load(lane, state)
-                self._seats[lane] = _Seat(state, state.canvas, resident, state.canvas.step)
-        for key, lanes in groups.items():
-            for lane in self._replayed(key, lanes, _BURST if patient and len(groups) == 1 else 1):
-                seat = self._seats.pop(lane)
-                stats, step, stable = seat.resident.take(lane, seat.canvas)
-                yield seat.state, stats, step, stable
+            done = lane not in self._seats and self._sit(lane, state)
+            if done:
+                yield self._rise(lane)
+            else:
+                groups.setdefault(self._seats[lane].kind, []).append(lane)
+        for kind, lanes in groups.items():
+            for lane in self._replayed(kind, lanes, _BURST if patient and len(groups) == 1 else 1):
+                yield self._rise(lane)
 
-    def _replayed(self, key: tuple[int, str], lanes: Sequence[int], steps: int) -> list[int]:
+    def _sit(self, lane: int, state: State) -> bool:
+        """Put the canvas of `state` into its lane. If tokens before it are not encoded, that is done with its first
+        step; whether that was its last one, too.
+        """
+        canvas = state.canvas
+        assert canvas is not None
+        kind = _Kind(canvas.width, state.config.sampler)
+        if kind not in self._residents:
+            self._residents[kind] = Resident(self._runner, self._lanes, *kind)
+        resident = self._residents[kind]
+        resident.load(lane, state)
+        seat = self._seats[lane] = _Seat(state, canvas, kind, resident, canvas.step)
+        if not state.pending:
+            return False
+        clean = state.pending
+        self._replay(kind, slice(lane, lane + 1), len(state.ids), clean)()
+        state.encode_passes += 1
+        self._totals.encode_rows += 1
+        self._took([seat], clean)
+        self._memory.advance(state, clean)
+        return seat.may_be_done() and self._watches[0].look(resident.slots.done).wait()[lane]
+
+    def _rise(self, lane: int) -> tuple[State, Stats, Step, bool]:
+        seat = self._seats.pop(lane)
+        return seat.state, *seat.resident.take(lane, seat.canvas)
+
+    def _replayed(self, kind: _Kind, lanes: Sequence[int], steps: int) -> list[int]:
         """Take up to so many steps, no more than `graph_ahead` beyond the first canvas that is done; who is."""
-        resident, seats = self._residents[key], [self._seats[lane] for lane in lanes]
-        replay = self._replay(key, max(lanes), max(seat.state.cache.length for seat in seats))
+        resident, seats = self._residents[kind], [self._seats[lane] for lane in lanes]
+        rows = min(len(self._lanes), 1 << max(lanes).bit_length())
+        replay = self._replay(kind, slice(rows), max(seat.state.cache.length for seat in seats))
         looking: deque[_Watch] = deque()
         done: list[bool] = []
         while steps and not any(done) and all(seat.left > 0 for seat in seats):
             replay()
-            steps, self.replayed = steps - 1, self.replayed + 1
-            self._runner.count_step(len(seats) * key[0])
-            for seat in seats:
-                seat.left -= 1
+            steps -= 1
+            self._took(seats)
             if any(seat.may_be_done() for seat in seats):
                 looking.append(self._watches[self.replayed % len(self._watches)].look(resident.slots.done))
                 if len(looking) > self._ahead:
@@ -157,27 +197,30 @@ class Graphs:
             done = watch.wait()
         return [lane for lane in lanes if done and done[lane]]
 
-    def _replay(self, key: tuple[int, str], lane: int, length: int) -> Replay:
-        """The recording for lanes up to `lane` and prefixes up to `length`; made when it is first asked for."""
-        rows = min(len(self._lanes), 1 << lane.bit_length())
+    def _took(self, seats: Iterable[_Seat], clean: int = 0) -> None:
+        """A step of all of these, with which so many tokens were encoded."""
+        tokens = 0
+        for seat in seats:
+            seat.left -= 1
+            tokens += seat.kind.width
+            self._totals.denoise_rows += 1
+        self.replayed += 1
+        self._runner.count_step(tokens, clean)
+
+    def _replay(self, kind: _Kind, rows: slice, length: int, clean: int = 0) -> Replay:
+        """The recording for `rows` and prefixes up to `length`; made when it is first asked for."""
         most = min(self._tokens, max(_SHORTEST, 1 << max(0, length - 1).bit_length()))
-        if (*key, rows, most) not in self._replays:
-            self._replays[*key, rows, most] = self._recorded(self._residents[key], rows, most)
-        return self._replays[*key, rows, most]
-
-    def _recorded(self, resident: Resident, rows: int, most: int) -> Replay:
-        step = partial(resident.step, rows, most)
-        with resident.frozen():
-            try:
-                return self._record(step)
-            except RuntimeError as error:
-                warnings.warn(f"this model's steps cannot be recorded and run one by one: {error}", stacklevel=2)
-                return step
-
-    def _resident(self, key: tuple[int, str]) -> Resident:
-        if key not in self._residents:
-            self._residents[key] = Resident(self._runner, self._lanes, *key)
-        return self._residents[key]
+        key = kind, rows.start or 0, rows.stop, most, clean
+        if key not in self._replays:
+            resident = self._residents[kind]
+            step = partial(resident.step, rows, most, clean)
+            with resident.frozen():
+                try:
+                    self._replays[key] = self._record(step)
+                except RuntimeError as error:
+                    warnings.warn(f"this model's steps cannot be recorded and run one by one: {error}", stacklevel=2)
+                    self._replays[key] = step
+        return self._replays[key]
 
 
 class _Watch:

@@ -75,9 +75,11 @@ class Engine:
         self.faults: dict[int, RequestError] = {}
         """Why requests were aborted whose hook failed; whoever ticks takes them out."""
         self._pace = Pace(Costs(config.canvas_cost))
-        record = record or (CudaRecorder() if self.runner.records else None)
-        self.graphs = Graphs(self.runner, config, self.new_cache, record) if record and config.graph_rows else None
         self._totals = Totals()
+        record = record or (CudaRecorder() if self.runner.records else None)
+        self.graphs: Graphs | None = None
+        if record and config.graph_rows:
+            self.graphs = Graphs(self.runner, config, self._memory, self._totals, record)
         self._load = Load(kv_limit=config.kv_bytes)
 
     def add(self, request: Request) -> int:
@@ -230,7 +232,7 @@ class Engine:
 
     def _chunks(self, states: Sequence[State]) -> Chunks:
         self._totals.encode_rows += len(states)
-        return Chunks(states, self.config)
+        return Chunks(states, self.config, self.runner.invariant)
 
     def _encoded(self, chunks: Chunks, hidden: Sequence[Tensor]) -> list[Event]:
         """After a pass over `chunks`, of which `hidden` are the states of all parts."""
@@ -238,7 +240,7 @@ class Engine:
         drawing, last = list[State](), list[Tensor]()
         for state, counts, rows in chunks.finish(hidden):
             begin = state.cache.length
-            self._memory.advance(state, counts)
+            self._memory.advance(state, sum(counts))
             if state.scoring:
                 events += self._score(state, state.scoring, begin, torch.cat(list(rows)))
             if _draws_next(state):

@@ -5,7 +5,6 @@ requests that begin with the same tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from hashlib import blake2b
 
 from dgemma.cache import KVCache, PrefixStore, kv_bytes
@@ -69,12 +68,11 @@ class Memory:
         """A request is over."""
         self.reserved -= state.kv_bytes
 
-    def advance(self, state: State, counts: Sequence[int]) -> None:
-        """Make what a pass encoded, `counts` tokens a part, part of the cache; keep its whole blocks for others."""
+    def advance(self, state: State, count: int) -> None:
+        """Make the `count` tokens that a pass encoded part of the cache; keep its whole blocks for others."""
         aligned = state.whole == state.cache.length and not state.drafted
-        state.cache.advance(sum(counts))
-        block = self._config.block
-        fresh = counts.count(block) * block if aligned else 0
+        state.cache.advance(count)
+        fresh = count - count % self._config.block if aligned else 0
         state.whole += fresh
         if fresh and state.request.reuse:
             self.prefixes.put(self._root, state.ids[: state.whole], state.cache)

@@ -14,17 +14,19 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dgemma import kernels
 from dgemma.cache import KVCache
 from dgemma.diffusion.noise import draw_uniforms, step_noise
 from dgemma.diffusion.protocol import Noise, Rows, Stats, Step
 from dgemma.diffusion.samplers import get_sampler
 from dgemma.diffusion.schedule import temperature
 from dgemma.diffusion.stop import History, StopRule, should_stop
+from dgemma.engine.attend import SharedAttend
 from dgemma.engine.confidence import Changes
+from dgemma.engine.lanes import LaneDenoise, LaneEncode
 from dgemma.engine.request import Canvas, State
 from dgemma.engine.runner import Draws, Runner
 from dgemma.kernels.random import signed
+from dgemma.model.attention import Attend
 
 _STATS = ("entropy", "argmax", "top_logprob", "draw", "draw_logprob")
 
@@ -89,25 +91,9 @@ class Slots:
             made[name].fill_(1)
         return Slots(**made)
 
-    def first(self, rows: int) -> Slots:
-        """The same memory of the first `rows`."""
-        return Slots(**{name: value[:rows] for name, value in vars(self).items()})
-
-
-class LaneAttend:
-    """`DenoiseAttend` for caches whose lengths the device knows: `[R, 2]` and the most it is, by kind of layer."""
-
-    def __init__(self, lanes: Sequence[KVCache], kinds: Sequence[str], where: dict[str, tuple[Tensor, int]]) -> None:
-        self._lanes, self._kinds, self._where = lanes, kinds, where
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        where, most = self._where[self._kinds[layer]]
-        out = []
-        rows = zip(self._lanes, *(x.chunk(len(self._lanes)) for x in (q, k, v)), where, strict=True)
-        for lane, own_q, own_k, own_v, place in rows:
-            old_k, old_v, scales = lane.slots(layer)
-            out.append(kernels.canvas_attention(own_q, own_k, own_v, old_k, old_v, 0, most, scales=scales, where=place))
-        return torch.cat(out)
+    def of(self, rows: slice) -> Slots:
+        """The same memory of some rows."""
+        return Slots(**{name: value[rows] for name, value in vars(self).items()})
 
 
 class Resident:
@@ -118,14 +104,15 @@ class Resident:
         self._sampler, config = get_sampler(sampler), runner.model.config
         self._vocab = config.vocab_size
         self.slots = Slots.empty(len(lanes), width, config.hidden_size, runner.device, runner.dtype)
+        self._clean = torch.zeros(len(lanes), lanes[0].slack, dtype=torch.int64, device=runner.device)
 
     def load(self, row: int, state: State) -> None:
-        """Put the canvas of `state` into a row, as it stands."""
+        """Put the canvas of `state` into a row, as it stands, and the tokens before it that are to be encoded."""
         canvas, config, slots = state.canvas, state.config, self.slots
         assert canvas is not None and canvas.width == self.width
         rule = StopRule.of([config])
         numbers = {
-            "step": canvas.step, "done": False, "stable": False, "prefix": state.cache.length, "choice": config.choice,
+            "step": canvas.step, "done": False, "stable": False, "prefix": len(state.ids), "choice": config.choice,
             "index": canvas.index, "steps": config.max_denoising_steps, "t_min": config.t_min, "t_max": config.t_max,
             "temperature": config.temperature, "entropy_bound": config.entropy_bound,
             "accept_confidence": config.accept_confidence, "stability": rule.stability.item(),
@@ -136,6 +123,8 @@ class Resident:
         }  # fmt: skip
         for name, value in numbers.items():
             getattr(slots, name)[row] = value
+        if state.pending:
+            self._clean[row, : state.pending] = torch.tensor(state.ids[-state.pending :])
 
     def take(self, row: int, canvas: Canvas) -> tuple[Stats, Step, bool]:
         """The canvas of a row as its last step left it, written into `canvas`.
@@ -167,9 +156,14 @@ class Resident:
         self.slots.done.copy_(done)
 
     @torch.inference_mode()
-    def step(self, rows: int, most: int) -> None:
-        """A step of the first `rows` canvases, those that are done aside. No prefix is longer than `most`."""
-        slots, width, vocab, device = self.slots.first(rows), self.width, self._vocab, self._runner.device
+    def step(self, rows: slice, most: int, clean: int = 0) -> None:
+        """A step of the canvases in `rows`, those that are done aside. No prefix is longer than `most`.
+
+        With `clean` it is the first one of the one canvas there, and so many last tokens before it are encoded in the
+        same pass.
+        """
+        slots, lanes, width, vocab = self.slots.of(rows), self._lanes[rows], self.width, self._vocab
+        device, config = self._runner.device, self._runner.model.config
         seed, choice, index, number = (word[:, None] for word in (slots.seed, slots.choice, slots.index, slots.step))
         noise = Noise(*step_noise(seed, choice, index, number, width, vocab, device))
         # One axis more: every position has a number for each block of the vocabulary.
@@ -182,9 +176,14 @@ class Resident:
             draw_temperature=slots.temperature.repeat_interleave(width),
             top_k=None,
         )
-        out = self._runner.step(slots.ids, slots.soft.flatten(0, 1), slots.prefix, self._attend(slots, most), draws)
-        stats = Stats(**{name: getattr(out, name).unflatten(0, (rows, width)) for name in _STATS})
-        self._advance(slots, stats, out.soft.unflatten(0, (rows, width)), noise)
+        attend: Attend = LaneDenoise(lanes, config, slots.prefix, most)
+        if clean:
+            attend = SharedAttend(LaneEncode(lanes[0], config, slots.prefix - clean, clean, most), attend, clean)
+            out = self._runner.step(slots.ids, None, slots.prefix, attend, draws, self._clean[rows][0, :clean])
+        else:
+            out = self._runner.step(slots.ids, slots.soft.flatten(0, 1), slots.prefix, attend, draws)
+        stats = Stats(**{name: getattr(out, name).unflatten(0, slots.ids.shape) for name in _STATS})
+        self._advance(slots, stats, out.soft.unflatten(0, slots.ids.shape), noise)
 
     def _advance(self, slots: Slots, stats: Stats, soft: Tensor, noise: Noise) -> None:
         """Sampler and stop rule; what they say becomes the state of every row that is not done."""
@@ -207,14 +206,3 @@ class Resident:
         for name, value in new.items():
             old = getattr(slots, name)
             old.copy_(torch.where(done.view(-1, *(1,) * (old.dim() - 1)), old, value))
-
-    def _attend(self, slots: Slots, most: int) -> LaneAttend:
-        """Where the prefixes lie, for both kinds of layers; see `KVCache.stored`."""
-        lanes, config = self._lanes[: len(slots.prefix)], self._runner.model.config
-        seen = config.sliding_window - 1
-        first = (slots.prefix - seen).clamp(min=0)
-        where = {
-            "full": (torch.stack([torch.zeros_like(first), slots.prefix], dim=-1), most),
-            "sliding": (torch.stack([first % lanes[0].ring, slots.prefix - first], dim=-1), min(seen, most)),
-        }
-        return LaneAttend(lanes, [layer.kind for layer in config.layers], where)

@@ -95,7 +95,9 @@ class Runner:
         embed = model.embed.weight
         plain = embed if model.head is None else kernels.PackedHead(embed, model.head)
         self._head = plain if fast is None else fast.head
-        self.records = self.device.type == "cuda" and "middle" in row
+        self.invariant = "middle" not in row
+        """Whether a row's bits hang on nothing but itself; a product of a device may add in another order for more."""
+        self.records = self.device.type == "cuda" and not self.invariant
         """Whether a `step` is launches only, which a device can record."""
 
     @torch.inference_mode()
@@ -141,19 +143,37 @@ class Runner:
         return list(self._canvases(jobs, None).split([ids.shape[0] for _, ids in jobs]))
 
     @torch.inference_mode()
-    def step(self, ids: Tensor, soft: Tensor, prefix: Tensor, attend: Attend, draws: Draws) -> Prediction:
+    def step(
+        self,
+        ids: Tensor,
+        soft: Tensor | None,
+        prefix: Tensor,
+        attend: Attend,
+        draws: Draws,
+        clean: Tensor | None = None,
+    ) -> Prediction:
         """`denoise` of R canvases `ids [R, C]` without a word to the host: the lengths of their prefixes `[R]` are on
         the device, and `soft [R * C, H]` is zero where there is no signal. Not counted: see `count_step`.
+
+        With the last `clean [n]` tokens of the one prefix it is `both`.
         """
         rows, width = ids.shape
         places = torch.arange(width, device=self.device).repeat(rows)
         positions = places + prefix.repeat_interleave(width)
-        hidden = self.model.denoise(ids.flatten(), positions, attend, soft, places, self._stack)
+        if clean is None:
+            hidden = self.model.denoise(ids.flatten(), positions, attend, soft, places, self._stack)
+        else:
+            before = prefix + torch.arange(-len(clean), 0, device=self.device)
+            positions = torch.cat([before, positions])
+            both = self.model.both(clean, ids.flatten(), positions, attend, soft, places, self._stack)
+            hidden = both[len(clean) :]
         return Prediction(**self._vocab(hidden, draws, slice(None)), hidden=hidden)
 
-    def count_step(self, tokens: int) -> None:
+    def count_step(self, tokens: int, clean: int = 0) -> None:
         """A `step` was taken."""
         self._count(denoise_passes=1, denoised_tokens=tokens)
+        if clean:
+            self._count(encode_passes=1, encoded_tokens=clean, shared_passes=1)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

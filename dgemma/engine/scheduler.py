@@ -50,15 +50,16 @@ def whole_chunk(config: EngineConfig) -> int:
     return config.encode_chunk - config.encode_chunk % config.block
 
 
-def parts(state: State, config: EngineConfig) -> list[int]:
+def parts(state: State, config: EngineConfig, invariant: bool) -> list[int]:
     """How attention cuts the next chunk: into blocks from position 0 on, as long as all before are whole blocks.
 
     So the keys and values of a whole block depend on the tokens up to its end and on nothing else: neither on
     `encode_chunk` nor on where an earlier request stopped. Attention alone mixes rows: a different number of
-    queries or keys in one call may change last bits.
+    queries or keys in one call may change last bits. Where products are not `invariant` that would be in vain.
     """
     count = chunk(state, config)
-    return cut(count, config.block) if state.whole == state.cache.length and not state.drafted else [count]
+    whole = invariant and state.whole == state.cache.length and not state.drafted
+    return cut(count, config.block) if whole else [count]
 
 
 def cut(count: int, block: int) -> list[int]:

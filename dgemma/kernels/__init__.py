@@ -28,6 +28,7 @@ _CPU: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "linear": cpu.linear,
         "attention": cpu.attention,
         "canvas_attention": cpu.canvas_attention,
+        "stored_attention": cpu.stored_attention,
         "gelu": cpu.gelu,
         "route": cpu.route,
         "experts": cpu.experts,
@@ -87,6 +88,7 @@ rope = _dispatch("rope")
 heads = _dispatch("heads")
 attention = _dispatch("attention")
 canvas_attention = _dispatch("canvas_attention")
+stored_attention = _dispatch("stored_attention")
 gelu = _dispatch("gelu")
 geglu = _dispatch("geglu")
 middle = _dispatch("middle")
@@ -143,6 +145,7 @@ __all__ = [
     "route",
     "row_of",
     "softcap",
+    "stored_attention",
     "use",
     "vocab",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dgemma.kernels import cpu_vocab, native, reference
 from dgemma.kernels.packed import invariant
+from dgemma.kernels.reference_attention import inside
 
 _VECTORS = 32  # elements that torch's GELU takes in one turn (two AVX-512 vectors; fewer elsewhere)
 
@@ -40,17 +41,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans
     """`reference.attention`, compiled where it can be; else one key head at a time, its query heads as rows.
 
     A query's result depends neither on the other queries of the pass nor on masked keys behind its own; the fused
-    op of torch (no faster here) promises neither. `spans [T, 2]` int64, first and one past the last key of each query,
-    says what `mask` says; whoever knows them spares the search for them in the mask.
+    op of torch (no faster here) promises neither. Whoever gives `spans` spares the search for them in the mask.
     """
     if q.dtype not in (torch.float32, torch.bfloat16) or q.dim() != 3 or _tracked(q, k, v):
-        return reference.attention(q, k, v, mask)
+        return reference.attention(q, k, v, mask, spans)
     compiled = native.load()
     if compiled is not None and compiled.multiplies(q.dtype, q.shape[-1]):
         if spans is None and mask is not None:
             spans = _spans(mask)
         if mask is None or spans is not None:
             return compiled.attention(q, k, v, spans)
+    if spans is not None:
+        mask = inside(spans, torch.arange(k.shape[0]))
     tokens, heads, dim = q.shape
     groups = heads // k.shape[1]
     out = []
@@ -91,6 +93,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 canvas_attention = partial(reference.canvas_attention, attend=attention)
+stored_attention = partial(reference.stored_attention, attend=attention)
 route = partial(reference.route, matmul=linear)
 experts = partial(reference.experts, matmul=linear, activation=gelu)
 vocab = partial(cpu_vocab.vocab, matmul=linear)

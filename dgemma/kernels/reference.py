@@ -1,4 +1,4 @@
-"""Every op in plain torch. This file *is* the specification; faster versions must agree with it.
+"""Every op in plain torch, attention in `reference_attention`. Faster versions must agree with these two files.
 
 Axes: T tokens (any leading shape), H hidden, Q query heads, K key/value heads, D head dim, S keys, E experts,
 k experts per token, V vocabulary. All functions are differentiable unless they say otherwise.
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from dgemma.kernels.matrix import Matrix
-from dgemma.kernels.vectors import restore
+from dgemma.kernels.reference_attention import attention as attention
+from dgemma.kernels.reference_attention import canvas_attention as canvas_attention
+from dgemma.kernels.reference_attention import stored_attention as stored_attention
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """`(x [.., in], weight [out, in]) -> [.., out]`: the product that every backend may replace."""
@@ -78,62 +80,6 @@ def heads(
     values = v[0] if v else k
     q, k = rope(rms_norm(q, q_norm, eps), cos, sin), rope(rms_norm(k, k_norm, eps), cos, sin)
     return q, k, rms_norm(values, None, eps)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
-    """Softmax attention with scale 1 over one sequence: `q [T, Q, D]`, `k, v [S, K, D]` -> `[T, Q, D]`.
-
-    Query head i reads key/value head `i // (Q / K)`. `mask [T, S]` is true where a query may look.
-    Leading batch axes are allowed on all three (and on the mask). `spans [T, 2]` int64, first and one past the last
-    key of each query, says what a mask says; who gives both means the same.
-    """
-    if mask is None and spans is not None:
-        at = torch.arange(k.shape[-3], device=k.device)
-        mask = (spans[:, :1] <= at) & (at < spans[:, 1:])
-    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
-    repeat = q.shape[-3] // k.shape[-3]
-    k, v = k.repeat_interleave(repeat, dim=-3), v.repeat_interleave(repeat, dim=-3)
-    scores = q @ k.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask.unsqueeze(-3), -math.inf)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return (weights @ v).transpose(-3, -2)
-
-
-def canvas_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    old_k: Tensor,
-    old_v: Tensor,
-    start: int,
-    count: int,
-    scales: tuple[Tensor, Tensor] | None = None,
-    where: Tensor | None = None,
-    attend: Callable[..., Tensor] = attention,
-) -> Tensor:
-    """A canvas that sees all of itself `k, v [C, K, D]`, and `count` tokens of a store `old_k, old_v [S, K, D]`.
-
-    They lie from slot `start` on and go on at slot 0 behind the last: a ring needs no copy to be read. For who must not
-    ask the device, `where [2]` has the two numbers instead; there are no more than `count` then. With `scales [S, K]`
-    of keys and values, float32, the store has e4m3 codes (`vectors.round_vectors`).
-    """
-    slots, (k_scale, v_scale) = old_k.shape[0], scales or (None, None)
-
-    def old(part: slice) -> tuple[Tensor, Tensor]:
-        if k_scale is None or v_scale is None:
-            return old_k[part], old_v[part]
-        return restore(old_k[part], k_scale[part], k.dtype), restore(old_v[part], v_scale[part], v.dtype)
-
-    if where is not None:
-        place = torch.arange(slots, device=q.device) - where[0]
-        live = torch.where(place < 0, place + slots, place) < where[1]
-        kept = [torch.where(live[:, None, None], x, 0.0) for x in old(slice(None))]  # a free slot holds anything
-        mask = torch.cat([live, torch.ones_like(live[:1]).expand(len(k))]).expand(len(q), -1)
-        return attend(q, torch.cat([kept[0], k]), torch.cat([kept[1], v]), mask)
-    parts = [slice(start, min(start + count, slots)), slice(0, max(0, start + count - slots))]
-    seen = [*(old(part) for part in parts if part.stop > part.start), (k, v)]
-    return attend(q, torch.cat([keys for keys, _ in seen]), torch.cat([values for _, values in seen]))
 
 
 def gelu(x: Tensor) -> Tensor:

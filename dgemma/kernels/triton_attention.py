@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dgemma.kernels import reference, tuning
+from dgemma.kernels.reference_attention import Scales
 from dgemma.kernels.triton_norms import tracked
 from dgemma.kernels.triton_types import interpreted, narrow
 
@@ -53,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, spans
     """`reference.attention`. Masks that no `spans` describe, batches and gradients take the reference."""
     if (mask is not None and spans is None) or q.dim() != 3 or tracked(q, k, v):
         return reference.attention(q, k, v, mask, spans)
-    return _run(q, k, v, k, v, 0, 0, spans)
+    return _run(q, None, (k, v), 0, k.shape[0], spans=spans)
 
 
 def canvas_attention(
@@ -64,7 +65,7 @@ def canvas_attention(
     old_v: Tensor,
     start: int,
     count: int,
-    scales: tuple[Tensor, Tensor] | None = None,
+    scales: Scales = None,
     where: Tensor | None = None,
 ) -> Tensor:
     """`reference.canvas_attention`: the store is read where it lies, whichever slot its tokens begin at.
@@ -73,7 +74,23 @@ def canvas_attention(
     """
     if tracked(q, k, v, old_k, old_v) or (scales is not None and not _reads_codes(q.device)):
         return reference.canvas_attention(q, k, v, old_k, old_v, start, count, scales, where)
-    return _run(q, k, v, old_k, old_v, start, count, None, scales, where)
+    return _run(q, (k, v), (old_k, old_v), start, count, scales, where)
+
+
+def stored_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    count: int,
+    spans: Tensor | None = None,
+    scales: Scales = None,
+    where: Tensor | None = None,
+) -> Tensor:
+    """`reference.stored_attention`: read where it lies, too. Blocks of keys are counted from the first one."""
+    if tracked(q, k, v) or (scales is not None and not _reads_codes(q.device)):
+        return reference.stored_attention(q, k, v, start, count, spans, scales, where)
+    return _run(q, None, (k, v), start, count, scales, where, spans)
 
 
 def _reads_codes(device: torch.device) -> bool:
@@ -83,25 +100,25 @@ def _reads_codes(device: torch.device) -> bool:
 
 def _run(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    old_k: Tensor,
-    old_v: Tensor,
+    fresh: tuple[Tensor, Tensor] | None,
+    store: tuple[Tensor, Tensor],
     start: int,
     count: int,
-    spans: Tensor | None,
-    scales: tuple[Tensor, Tensor] | None = None,
+    scales: Scales = None,
     where: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor:
+    """Queries that see `count` keys of the store, each those of its span, and all `fresh` ones."""
     tokens, heads, dim = q.shape
-    keys = k.shape[1]
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    q, k, v, old_k, old_v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, old_k, old_v))
+    more = 0 if fresh is None else fresh[0].shape[0]
+    q, k, v, old_k, old_v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, *(fresh or (q, q)), *store))
+    keys = old_k.shape[1]
     groups, width = heads // keys, max(16, triton.next_power_of_2(dim))
     blocks = blocks_of(dim, q.dtype)
-    shares = triton.cdiv(count + k.shape[0], blocks.share)
+    shares = triton.cdiv(count + more, blocks.share)
     if shares > 1:
         parts = torch.empty(shares, tokens, heads, dim, dtype=torch.float32, device=q.device)
         weights = torch.empty(2, shares, tokens, heads, dtype=torch.float32, device=q.device)
@@ -111,11 +128,11 @@ def _run(
     k_scale, v_scale = (q, q) if scales is None else (scale.contiguous() for scale in scales)
     _attend[(triton.cdiv(tokens * groups, blocks.rows), keys, shares)](
         q, k, v, old_k, old_v, k_scale, v_scale, q if spans is None else spans, q if where is None else where,
-        parts, weights, tokens, k.shape[0], start, count, max(1, old_k.shape[0]),
+        parts, weights, tokens, more, start, count, max(1, old_k.shape[0]),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *old_k.stride()[:2], *old_v.stride()[:2],
         GROUPS=groups, KEYS=keys, DIM=dim, WIDTH=width, CODES=scales is not None, SPANS=spans is not None,
-        ASKS=where is not None, SPLIT=shares > 1, ROWS=blocks.rows, AT_ONCE=blocks.keys, SHARE=blocks.share,
-        WIDE=interpreted(), num_warps=blocks.warps, num_stages=blocks.stages,
+        ASKS=where is not None, FRESH=fresh is not None, SPLIT=shares > 1, ROWS=blocks.rows, AT_ONCE=blocks.keys,
+        SHARE=blocks.share, WIDE=interpreted(), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     if shares > 1:
         _add[(tokens, heads)](
@@ -133,8 +150,8 @@ def _attend(
     q, k, v, old_k, old_v, k_scale, v_scale, spans, where, out, weights, tokens, fresh, start, count, slots,
     q_token, q_head, k_token, k_head, v_token, v_head, old_k_token, old_k_head, old_v_token, old_v_head,
     GROUPS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr,
-    SPANS: tl.constexpr, ASKS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
-    SHARE: tl.constexpr, WIDE: tl.constexpr,
+    SPANS: tl.constexpr, ASKS: tl.constexpr, FRESH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Row i of a block is query i // GROUPS under head i % GROUPS of the key head's group."""
     if ASKS:
@@ -152,29 +169,29 @@ def _attend(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
-    # Keys are numbered through: the store's `count` first, then the fresh ones.
+    # Keys are numbered through: the store's `count` first, then the fresh ones, which have no spans.
     begin = share * SHARE
     end = tl.minimum(begin + SHARE, count + fresh)
-    first, last = tl.zeros((ROWS,), tl.int64), tl.full((ROWS,), fresh, tl.int64)
+    old_begin, old_end = begin, tl.minimum(end, count)
+    first, last = tl.zeros((ROWS,), tl.int64), tl.zeros((ROWS,), tl.int64)
     if SPANS:
-        first = tl.load(spans + 2 * token, mask=live, other=fresh)
+        first = tl.load(spans + 2 * token, mask=live, other=count)
         last = tl.load(spans + 2 * token + 1, mask=live, other=0)
-    top, total, mixed = _over(
-        queries, old_k + key_head * old_k_head, old_v + key_head * old_v_head, top, total, mixed,
-        begin, tl.minimum(end, count), start, slots, old_k_token, old_v_token, first, last,
-        k_scale + key_head, v_scale + key_head, KEYS, CODES, DIM, WIDTH, AT_ONCE, False, WIDE,
-    )  # fmt: skip
-    begin, end = tl.maximum(begin, count) - count, end - count
-    if SPANS:
         # Blocks that no query of this program sees are not read.
         seen = tl.maximum(begin, tl.min(first, axis=0).to(tl.int32))
-        begin += (seen - begin) // AT_ONCE * AT_ONCE
-        end = tl.minimum(end, tl.max(last, axis=0).to(tl.int32))
+        old_begin += (seen - begin) // AT_ONCE * AT_ONCE
+        old_end = tl.minimum(old_end, tl.max(last, axis=0).to(tl.int32))
     top, total, mixed = _over(
-        queries, k + key_head * k_head, v + key_head * v_head, top, total, mixed,
-        begin, end, 0, fresh, k_token, v_token, first, last,
-        k_scale, v_scale, KEYS, False, DIM, WIDTH, AT_ONCE, SPANS, WIDE,
+        queries, old_k + key_head * old_k_head, old_v + key_head * old_v_head, top, total, mixed,
+        old_begin, old_end, start, slots, old_k_token, old_v_token, first, last,
+        k_scale + key_head, v_scale + key_head, KEYS, CODES, DIM, WIDTH, AT_ONCE, SPANS, WIDE,
     )  # fmt: skip
+    if FRESH:
+        top, total, mixed = _over(
+            queries, k + key_head * k_head, v + key_head * v_head, top, total, mixed,
+            tl.maximum(begin, count) - count, end - count, 0, fresh, k_token, v_token, first, last,
+            k_scale, v_scale, KEYS, False, DIM, WIDTH, AT_ONCE, False, WIDE,
+        )  # fmt: skip
     place = token * (GROUPS * KEYS) + head
     inside = live[:, None] & (dims < DIM)[None, :]
     if SPLIT:

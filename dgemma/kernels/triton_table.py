@@ -27,6 +27,7 @@ ROW: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "heads": triton_rope.heads,
         "attention": triton_attention.attention,
         "canvas_attention": triton_attention.canvas_attention,
+        "stored_attention": triton_attention.stored_attention,
         "gelu": triton_norms.gelu,
         "geglu": triton_norms.geglu,
         "middle": triton_norms.middle,
