@@ -10,15 +10,17 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dgemma.config import GenerationConfig
+from dgemma.config import EngineConfig, GenerationConfig
+from dgemma.config.engine import KV_CACHE_DTYPES
 from dgemma.errors import ConfigError, RequestError
 
 PREFIX = "DGEMMA_"
-_READ_ELSEWHERE = frozenset({"API_KEYS", "CONFIG", "PROMPT", "REPORT"})  # server; file; `make run`; a test
+# server; file; kernels; `make run`; a test
+_READ_ELSEWHERE = frozenset({"API_KEYS", "CONFIG", "NATIVE", "PROMPT", "REPORT"})
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ LOADING = (
     Option("dtype", str, "type of the weights in memory", choices=("auto", "float32", "bfloat16", "float16")),
     Option("threads", int, "CPU threads"),
     Option("drafter", str, "mode verified: another model, whose canvases draft"),
+    Option("kv_cache_dtype", str, "how keys and values are kept; fp8 halves them and rounds", choices=KV_CACHE_DTYPES),
 )
 GENERATION = (
     Option(
@@ -105,6 +108,9 @@ GENERATION = (
 OPTIONS: Mapping[str, Option] = {option.name: option for option in (*LOADING, *GENERATION)}
 
 
+_ENGINE = EngineConfig()
+
+
 @dataclass(frozen=True)
 class Settings:
     """Which model to load and how, and what generation is to be done otherwise than the checkpoint says."""
@@ -114,8 +120,18 @@ class Settings:
     dtype: str = "auto"
     threads: int | None = None
     drafter: str | None = None
+    kv_cache_dtype: str = "auto"
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `GenerationConfig` that somebody set."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the model is loaded, as `LLM.load` takes it beside the model's name and an engine."""
+        return {name: getattr(self, name) for name in ("device", "dtype", "threads", "drafter")}
+
+    def engine(self, usual: EngineConfig = _ENGINE) -> EngineConfig:
+        """`usual` with what somebody set."""
+        return replace(usual, kv_cache_dtype=self.kv_cache_dtype)
 
     @property
     def of_requests(self) -> dict[str, Any]:

@@ -244,6 +244,7 @@ def test_the_server_gets_the_flags(monkeypatch: pytest.MonkeyPatch, llm: Any, mo
     bench_serve.run(arguments(*words, "--json=-"))
     assert set(fake.flags[0]) == {
         "--max-rows=3", "--kv-bytes=5000000", "--device=auto", "--dtype=float32", "--max-waiting=100",
+        "--kv-cache-dtype=auto",
     }  # fmt: skip
     assert fake.runs == [("http://started", MixSettings(requests=9), 100, {}, True)]
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dgemma.cache import KVCache, PrefixStore, kv_bytes
 from dgemma.cli import serve
+from dgemma.cli.arguments import settings_of
+from dgemma.cli.running import load
 from dgemma.config import EngineConfig, LayerConfig, ModelConfig
 from dgemma.engine import Engine, Request, token_logprobs
 from dgemma.errors import ConfigError
@@ -27,6 +29,7 @@ from dgemma.kernels import cpu, reference
 from dgemma.kernels.scaled import E4M3
 from dgemma.kernels.vectors import restore, round_vectors
 from dgemma.server.config import ServerConfig
+from dgemma.settings import Settings, resolve
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -296,11 +299,17 @@ def test_a_shared_store_keeps_the_two_apart() -> None:
     assert cached == [0, 0, 12, 12]
 
 
-def test_the_server_takes_the_flag() -> None:
+def test_every_command_takes_the_flag() -> None:
+    """And the environment, and the server's own engine keeps what else it has."""
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     for flags, kind in ((["--kv-cache-dtype", "fp8"], "fp8"), ([], "auto")):
-        assert serve._engine(parser.parse_args(flags), ServerConfig()).kv_cache_dtype == kind
+        arguments = parser.parse_args([*flags, "--max-rows", "3"])
+        engine = settings_of(arguments).engine(serve._engine(arguments, ServerConfig()))
+        assert (engine.kv_cache_dtype, engine.max_batch_rows) == (kind, 3)
+    assert resolve({}, {"DGEMMA_KV_CACHE_DTYPE": "fp8"}).engine().kv_cache_dtype == "fp8"
+    llm = load(Settings(threads=1, kv_cache_dtype="fp8"))
+    assert llm.engine.config.kv_cache_dtype == "fp8"
 
 
 @pytest.mark.parametrize("value", ["fp4", "", None, 8])

@@ -125,9 +125,7 @@ class _Bench:
         with contextlib.ExitStack() as stack:
             self._say: Callable[[str], object] = stack.enter_context(telling())
             self._say(f"loading {chosen.model}")
-            self._llm = LLM.load(
-                chosen.model, device=chosen.device, dtype=chosen.dtype, threads=chosen.threads, engine=ALONE
-            )
+            self._llm = LLM.load(chosen.model, **chosen.loading, engine=chosen.engine(ALONE))
             self._stack = stack.pop_all()
         return self
 
@@ -159,7 +157,7 @@ class _Bench:
 
 
 def _flags(chosen: Settings, concurrency: int, engine: Mapping[str, int | None]) -> list[str]:
-    given = {**engine, "device": chosen.device, "dtype": chosen.dtype, "threads": chosen.threads}
+    given = {**engine, **chosen.loading, "kv-cache-dtype": chosen.kv_cache_dtype}
     # None of the clients may be told to come again for want of a place to wait.
     given["max-waiting"] = max(64, concurrency)
     return [f"--{name}={value}" for name, value in given.items() if value is not None]

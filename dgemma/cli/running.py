@@ -24,14 +24,7 @@ def load(settings: Settings, engine: EngineConfig | None = None) -> LLM:
         from dgemma.api import LLM
 
         _check_device(settings.device)
-        return LLM.load(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            drafter=settings.drafter,
-            engine=engine or EngineConfig(),
-        )
+        return LLM.load(settings.model, **settings.loading, engine=settings.engine(engine or EngineConfig()))
 
 
 def _check_device(device: str) -> None:

@@ -15,7 +15,6 @@ from dgemma.cli.arguments import add_loading, settings_of
 from dgemma.cli.output import note, write
 from dgemma.cli.running import load
 from dgemma.config import EngineConfig
-from dgemma.config.engine import KV_CACHE_DTYPES
 from dgemma.errors import ConfigError
 from dgemma.settings import Settings
 
@@ -54,9 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--max-rows", type=int, default=64, metavar="N", help="answers that advance together (64)")
     group.add_argument("--kv-bytes", type=int, default=0, metavar="BYTES", help="of keys and values; 0: no limit")
-    group.add_argument(
-        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", metavar="{auto,fp8}", help="how they are kept"
-    )
     group = parser.add_argument_group("more than one")
     group.add_argument("--replicas", type=int, metavar="N", help="copies of the model, on Ray Serve")
     group.add_argument("--max-replicas", type=int, metavar="N", help="scale up to so many under load")
@@ -132,7 +128,6 @@ def _engine(arguments: argparse.Namespace, config: ServerConfig) -> EngineConfig
         usual,
         max_batch_rows=arguments.max_rows,
         kv_bytes=arguments.kv_bytes,
-        kv_cache_dtype=arguments.kv_cache_dtype,
         max_requests=max(usual.max_requests, held),
     )
 
@@ -181,11 +176,13 @@ def _serve_vllm(arguments: argparse.Namespace, settings: Settings, config: Serve
         "address": None,
         "max_rows": 64,
         "kv_bytes": 0,
-        "kv_cache_dtype": "auto",
         "allowed_host": [],
+        "kv_cache_dtype": "auto",
+        "drafter": None,
     }
+    chosen = {**vars(arguments), "kv_cache_dtype": settings.kv_cache_dtype, "drafter": settings.drafter}
     for name, value in usual.items():
-        if getattr(arguments, name) != value:
+        if chosen[name] != value:
             raise ConfigError(f"--{name.replace('_', '-')} is for dgemma's own server, not for --engine vllm")
     try:
         extra = tuple(shlex.split(arguments.vllm_args))

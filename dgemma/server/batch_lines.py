@@ -56,13 +56,7 @@ class Answerer:
 
     @staticmethod
     def load(settings: Settings, rows: int) -> Answerer:
-        llm = LLM.load(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            drafter=settings.drafter,
-        )
+        llm = LLM.load(settings.model, **settings.loading, engine=settings.engine())
         llm.generation = llm.generation.with_(**settings.of_requests)
         return Answerer(llm, int(settings.generation.get("seed", llm.generation.seed)), rows)
 

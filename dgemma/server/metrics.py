@@ -33,6 +33,7 @@ _COUNTERS = {
     "dgemma_prompt_tokens": ("Tokens in: prompts of admitted requests, reused tokens included.", "prompt_tokens"),
     "dgemma_committed_tokens": ("Tokens out.", "committed_tokens"),
     "dgemma_canvases": ("Committed canvases.", "canvases"),
+    "dgemma_shared_passes": ("Forward passes that are counted as both kinds.", "shared_passes"),
     "dgemma_prefix_hits": ("Requests whose prompt began with kept tokens.", "prefix_hits"),
     "dgemma_prefix_misses": ("Requests that looked for kept tokens and found none.", "prefix_misses"),
     "dgemma_prefix_reused_tokens": ("Prompt tokens that were not encoded again.", "prefix_reused_tokens"),

@@ -29,14 +29,7 @@ def build_app(settings: Settings, config: ServerConfig, engine: EngineConfig) ->
     from dgemma.server.logs import to_stderr
 
     to_stderr()
-    llm = LLM.load(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        threads=settings.threads,
-        engine=engine,
-        drafter=settings.drafter,
-    )
+    llm = LLM.load(settings.model, **settings.loading, engine=settings.engine(engine))
     llm.generation = llm.generation.with_(**settings.of_requests)
     return create_app(llm, config)
 
