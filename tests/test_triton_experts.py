@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_kit import DEVICE
+from triton_kit import DEVICE, norm_error
 
 from dgemma.kernels import reference, scaled, triton_experts, tuning
 from dgemma.kernels.triton_experts import Blocks
@@ -60,11 +60,6 @@ def small(*given: Any, blocks: Blocks = SMALL) -> Tensor:
         return triton_experts.experts(*given)
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape and bool(got.isfinite().all())
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
 def exact(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return reference.experts(x.double(), weights.double(), ids, gate_up.double(), down.double())
 
@@ -79,7 +74,7 @@ def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = case(*shape, dtype)
     got = small(*given)
     assert got.dtype is dtype
-    assert error(got, exact(*given)) < (1e-6 if dtype is torch.float32 else 2**-8)
+    assert norm_error(got, exact(*given)) < (1e-6 if dtype is torch.float32 else 2**-8)
 
 
 @pytest.mark.parametrize("kind", ["plain", "fp8", "int4wo"])
@@ -95,7 +90,7 @@ def test_all_rows_on_one_expert(expert: int) -> None:
     """Also twice the same expert in a row, which no router gives: both parts count."""
     x, weights, ids, *stacks = case(75, 2, 5, 20, 50, torch.float32)
     ids = torch.full_like(ids, expert)
-    assert error(triton_experts.experts(x, weights, ids, *stacks), exact(x, weights, ids, *stacks)) < 1e-6
+    assert norm_error(triton_experts.experts(x, weights, ids, *stacks), exact(x, weights, ids, *stacks)) < 1e-6
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("fp8", 6e-3), ("int4wo", 2**-8)])
@@ -104,7 +99,7 @@ def test_all_rows_on_one_expert_in_fewer_bits(kind: str, bound: float) -> None:
     ids = torch.full_like(ids, 1)
     stacks = stacks_of(kind, *plain)
     want = (fp8_exact if kind == "fp8" else exact)(x, weights, ids, dense(stacks[0]), dense(stacks[1]))
-    assert error(small(x, weights, ids, *stacks), want) < bound
+    assert norm_error(small(x, weights, ids, *stacks), want) < bound
 
 
 def test_inputs_with_gaps() -> None:
@@ -178,7 +173,9 @@ def test_int4_is_the_product_with_the_dense_matrix(group: int, size: tuple[int, 
     x, weights, ids, gate_up, down = case(21, 2, 4, *size, dtype)
     stacks = stacks_of("int4wo", gate_up, down, group)
     want = exact(x, weights, ids, dense(stacks[0]), dense(stacks[1]))
-    assert error(triton_experts.experts(x, weights, ids, *stacks), want) < (1e-6 if dtype is torch.float32 else 2**-8)
+    assert norm_error(triton_experts.experts(x, weights, ids, *stacks), want) < (
+        1e-6 if dtype is torch.float32 else 2**-8
+    )
 
 
 def test_int4_blocks_end_with_groups_and_halves() -> None:
@@ -218,9 +215,9 @@ def test_fp8_rounds_rows_and_then_is_exact(shape: tuple[int, ...], dtype: torch.
     x, weights, ids, gate_up, down = case(*shape, dtype)
     stacks = stacks_of("fp8", gate_up, down)
     got = triton_experts.experts(x, weights, ids, *stacks)
-    assert error(got, fp8_exact(x, weights, ids, dense(stacks[0]), dense(stacks[1]))) < 6e-3
-    assert error(got, reference.experts(x, weights, ids, *stacks)) < 0.03
-    assert error(got, exact(x, weights, ids, gate_up, down)) < 0.08
+    assert norm_error(got, fp8_exact(x, weights, ids, dense(stacks[0]), dense(stacks[1]))) < 6e-3
+    assert norm_error(got, reference.experts(x, weights, ids, *stacks)) < 0.03
+    assert norm_error(got, exact(x, weights, ids, gate_up, down)) < 0.08
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

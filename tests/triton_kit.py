@@ -53,6 +53,12 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float("inf") if bool(difference.isnan()) else float(difference / bottom)
 
 
+def norm_error(got: Tensor, exact: Tensor) -> float:
+    """The norm of the difference, as a share of that of what should be there."""
+    assert got.shape == exact.shape and bool(got.isfinite().all())
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
 def same_row(got: Tensor, expected: Tensor) -> bool:
     """Bit for bit on a device. The interpreter multiplies with numpy, where a row's last bits may hang on its place."""
     near = 1e-5 if got.dtype is not torch.bfloat16 else 1e-2
