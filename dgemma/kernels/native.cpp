@@ -6,7 +6,8 @@
 #include "native_math.h"
 #include "native_vocab.h"
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#define PRODUCTS
 #include "native_gemm.h"
 #else
 namespace gemm { // none here: the caller asks `products` first
@@ -34,7 +35,7 @@ extern "C" void pack_bytes(const int8_t *codes, int64_t n, int64_t k, int8_t *pa
 // Whether there are products in float (1), bfloat16 (2) and bytes (4).
 extern "C" int products() {
     int found = 0;
-#ifdef __AVX512F__
+#ifdef PRODUCTS
     found |= 1;
 #ifdef __AVX512BF16__
     found |= 2;

@@ -1,8 +1,8 @@
-// Products of rows with a packed weight, for processors with AVX-512. An output adds its terms in the order of the inputs,
-// whatever rows and columns stand beside it, so a row's bits never depend on the batch.
+// Products of rows with a packed weight, for processors with AVX-512, or in float with AVX2. An output adds its terms in the
+// order of the inputs, whatever rows and columns stand beside it, so a row's bits never depend on the batch.
 //
 // A weight [out, in] is packed into panels of 32 outputs, panel by panel [in][32] float, or [in / 2][32][2] bfloat16, with
-// zeros for outputs that do not exist. A block of up to 14 rows times one panel keeps its sums in registers.
+// zeros for outputs that do not exist. A block of up to HEIGHT rows times one panel keeps its sums in registers.
 #pragma once
 #include "native_math.h"
 #include <cstdlib>
@@ -10,60 +10,91 @@
 
 namespace gemm {
 
-constexpr int64_t WIDTH = 32, HEIGHT = 14, DEPTH = 512; // outputs of a panel; rows and steps of a block
+constexpr int64_t WIDTH = 32; // outputs of a panel
 template <class T> struct Panel;
 template <> struct Panel<float> { typedef float step; };
 template <> struct Panel<bf16> { typedef uint32_t step; }; // two inputs at once
 
-static inline __m512 each(const char *a, float) { return _mm512_set1_ps(*(const float *)a); }
-static inline __m512 each(const char *a, uint32_t) { return _mm512_castsi512_ps(_mm512_set1_epi32(*(const int *)a)); }
-static inline __m512 take(const float *b) { return _mm512_loadu_ps(b); }
-static inline __m512 take(const uint32_t *b) { return _mm512_castsi512_ps(_mm512_loadu_si512(b)); }
-static inline __m512 dot(__m512 sum, __m512 x, __m512 b, float) { return _mm512_fmadd_ps(x, b, sum); }
-static inline __m512 dot(__m512 sum, __m512 x, __m512 b, uint32_t) {
+#ifdef __AVX512F__
+typedef __m512 vec;
+constexpr int64_t LANES = 16, HEIGHT = 14, DEPTH = 512; // numbers of a vector; rows and steps of a block
+constexpr int64_t GROUP = 1, UNROLLED = 1; // blocks that meet a panel one after the other; steps at once
+static inline vec zeros() { return _mm512_setzero_ps(); }
+static inline vec each(const char *a, float) { return _mm512_set1_ps(*(const float *)a); }
+static inline vec each(const char *a, uint32_t) { return _mm512_castsi512_ps(_mm512_set1_epi32(*(const int *)a)); }
+static inline vec take(const float *b) { return _mm512_loadu_ps(b); }
+static inline vec take(const uint32_t *b) { return _mm512_castsi512_ps(_mm512_loadu_si512(b)); }
+static inline vec dot(vec sum, vec x, vec b, float) { return _mm512_fmadd_ps(x, b, sum); }
+static inline vec dot(vec sum, vec x, vec b, uint32_t) {
 #ifdef __AVX512BF16__
     return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)b);
 #else
     return sum;
 #endif
 }
-static inline void put(float *c, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(c, mask, x); }
-static inline void put(bf16 *c, __m512 x, __mmask16 mask) {
+static inline __mmask16 mask_of(int64_t cols) { return cols >= 16 ? 0xffff : cols > 0 ? (1 << cols) - 1 : 0; }
+static inline void put(float *c, vec x, __mmask16 mask) { _mm512_mask_storeu_ps(c, mask, x); }
+static inline void put(bf16 *c, vec x, __mmask16 mask) {
 #ifdef __AVX512BF16__
     _mm256_mask_storeu_epi16(c, mask, (__m256i)_mm512_cvtneps_pbh(x));
 #endif
 }
-
-static inline __m512 get(const float *c, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, c); }
-static inline __m512 get(const bf16 *, __mmask16) { return _mm512_setzero_ps(); } // sums go on in float only
+static inline vec get(const float *c, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, c); }
+static inline vec get(const bf16 *, __mmask16) { return zeros(); } // sums go on in float only
+#else
+typedef __m256 vec;
+constexpr int64_t LANES = 8, HEIGHT = 6, DEPTH = 256, GROUP = 8, UNROLLED = 4;
+static inline vec zeros() { return _mm256_setzero_ps(); }
+static inline vec each(const char *a, float) { return _mm256_broadcast_ss((const float *)a); }
+static inline vec take(const float *b) { return _mm256_loadu_ps(b); }
+static inline vec dot(vec sum, vec x, vec b, float) { return _mm256_fmadd_ps(x, b, sum); }
+static inline __m256i mask_of(int64_t cols) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(cols < 8 ? cols : 8), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline void put(float *c, vec x, __m256i mask) { _mm256_maskstore_ps(c, mask, x); }
+static inline vec get(const float *c, __m256i mask) { return _mm256_maskload_ps(c, mask); }
+// Of bfloat16 there are none: the caller asks `products` first.
+static inline vec each(const char *, uint32_t) { return zeros(); }
+static inline vec take(const uint32_t *) { return zeros(); }
+static inline vec dot(vec sum, vec, vec, uint32_t) { return sum; }
+static inline void put(bf16 *, vec, __m256i) {}
+static inline vec get(const bf16 *, __m256i) { return zeros(); }
+#endif
 
 // R rows (of `lda` bytes) times `steps` of a panel; the first `cols` sums go to c, after what is there if they go `on`.
 template <int R, class B, class C>
 static inline void block(const char *a, int64_t lda, const B *b, int64_t steps, C *c, int64_t ldc, int64_t cols, bool on) {
-    __m512 sums[R][2];
+    constexpr int N = LANES == 16 || R > 2 ? 2 : 4; // vectors of a row; there are 16 registers with AVX2
     const char *base[5]; // of every third row: an address has room for twice a stride
-    for (int r = 0; r < 5; r++) base[r] = a + 3 * r * lda;
-    __mmask16 first = cols >= 16 ? 0xffff : (1 << cols) - 1, second = cols >= 32 ? 0xffff : cols > 16 ? (1 << (cols - 16)) - 1 : 0;
+    for (int64_t at = 0; at < cols; at += N * LANES, b += N * LANES, c += N * LANES) {
+        vec sums[R][N];
+        for (int r = 0; r < 5; r++) base[r] = a + 3 * r * lda;
+        decltype(mask_of(0)) masks[N];
+        for (int n = 0; n < N; n++) masks[n] = mask_of(cols - at - n * LANES);
 #pragma GCC unroll 14
-    for (int r = 0; r < R; r++) {
-        sums[r][0] = on ? get(c + r * ldc, first) : _mm512_setzero_ps();
-        sums[r][1] = on ? get(c + r * ldc + 16, second) : _mm512_setzero_ps();
-    }
-    for (int64_t i = 0; i < steps; i++, b += WIDTH) {
-        __m512 left = take(b), right = take(b + 16);
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) sums[r][n] = on ? get(c + r * ldc + n * LANES, masks[n]) : zeros();
+        const B *step = b;
+#pragma GCC unroll UNROLLED
+        for (int64_t i = 0; i < steps; i++, step += WIDTH) {
+            vec right[N];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) right[n] = take(step + n * LANES);
 #pragma GCC unroll 14
-        for (int r = 0; r < R; r++) {
-            __m512 x = each(base[r / 3] + (r % 3) * lda, B());
-            sums[r][0] = dot(sums[r][0], x, left, B());
-            sums[r][1] = dot(sums[r][1], x, right, B());
-        }
+            for (int r = 0; r < R; r++) {
+                vec x = each(base[r / 3] + (r % 3) * lda, B());
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) sums[r][n] = dot(sums[r][n], x, right[n], B());
+            }
 #pragma GCC unroll 5
-        for (int r = 0; r < 5; r++) base[r] += 4;
-    }
+            for (int r = 0; r < 5; r++) base[r] += 4;
+        }
 #pragma GCC unroll 14
-    for (int r = 0; r < R; r++) {
-        put(c + r * ldc, sums[r][0], first);
-        if (second) put(c + r * ldc + 16, sums[r][1], second);
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++)
+                if (cols - at > n * LANES) put(c + r * ldc + n * LANES, sums[r][n], masks[n]);
     }
 }
 
@@ -73,7 +104,10 @@ static inline void some(int64_t rows, const char *a, int64_t lda, const B *b, in
     switch (rows) {
 #define ROWS(n)                                                                                                         \
     case n: block<n>(a, lda, b, steps, c, ldc, cols, on); break;
-        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+#ifdef __AVX512F__
+        ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
+#endif
 #undef ROWS
     }
 }
@@ -90,7 +124,7 @@ static inline int64_t cols_of(int64_t n, int64_t p) { return n - p * WIDTH < WID
 template <class T> static void multiply(const T *a, int64_t m, const void *packed, int64_t n, int64_t k, T *c, int threads) {
     auto b = (const typename Panel<T>::step *)packed;
     int64_t steps = k * sizeof(T) / 4, panels = (n + WIDTH - 1) / WIDTH, height = height_of(m), lda = k * sizeof(T);
-    if (steps <= 2 * DEPTH && lda % 2048) {
+    if (steps <= 1024 && lda % 2048) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t p = 0; p < panels; p++)
             for (int64_t r = 0; r < m; r += height)
@@ -102,17 +136,19 @@ template <class T> static void multiply(const T *a, int64_t m, const void *packe
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         constexpr int64_t ROW = DEPTH * 4 + 64; // rows whose addresses share cache sets would push each other out
-        alignas(64) char rows[HEIGHT * ROW];
+        alignas(64) char rows[GROUP * HEIGHT * ROW];
         int64_t each = (panels + omp_get_num_threads() - 1) / omp_get_num_threads(), low = omp_get_thread_num() * each;
         int64_t high = low + each < panels ? low + each : panels;
         for (int64_t i = 0; i < steps; i += DEPTH) {
             int64_t count = steps - i < DEPTH ? steps - i : DEPTH;
-            for (int64_t r = 0; r < m; r += height) {
-                int64_t some_rows = m - r < height ? m - r : height;
-                for (int64_t j = 0; j < some_rows; j++)
+            for (int64_t r = 0; r < m; r += GROUP * height) {
+                int64_t group = m - r < GROUP * height ? m - r : GROUP * height;
+                for (int64_t j = 0; j < group; j++)
                     std::memcpy(rows + j * ROW, (const char *)a + (r + j) * lda + i * 4, count * 4);
                 for (int64_t p = low; p < high; p++)
-                    some(some_rows, rows, ROW, b + (p * steps + i) * WIDTH, count, sums + r * n + p * WIDTH, n, cols_of(n, p), i > 0);
+                    for (int64_t j = 0; j < group; j += height)
+                        some(group - j < height ? group - j : height, rows + j * ROW, ROW, b + (p * steps + i) * WIDTH, count,
+                             sums + (r + j) * n + p * WIDTH, n, cols_of(n, p), i > 0);
             }
         }
     }
@@ -147,7 +183,7 @@ static inline void block_of_bytes(const char *a, int64_t lda, const int32_t *b, 
 #pragma GCC unroll 5
         for (int r = 0; r < 5; r++) base[r] += 4;
     }
-    __mmask16 first = cols >= 16 ? 0xffff : (1 << cols) - 1, second = cols >= 32 ? 0xffff : cols > 16 ? (1 << (cols - 16)) - 1 : 0;
+    __mmask16 first = mask_of(cols), second = mask_of(cols - 16);
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) {
         put(c + r * ldc, sized(sums[r][0], zero, scale, step[r]), first);

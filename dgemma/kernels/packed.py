@@ -1,4 +1,4 @@
-"""A dense weight in the layout of the product that serves it: ours where the processor has AVX-512, else oneDNN's.
+"""A dense weight in the layout of the product that serves it: ours where `native` has one, else oneDNN's.
 Some processors' oneDNN has no bfloat16: there rows and weight are widened for the moment of the product.
 
 Ours is as fast as oneDNN's at the rows of a canvas and two to four times as fast at a few rows, where oneDNN spends its
