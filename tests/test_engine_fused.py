@@ -20,14 +20,16 @@ from dgemma.engine import Engine, Request, Runner
 from dgemma.engine.runner import Draws
 from dgemma.errors import ConfigError
 from dgemma.events import Event, Finished, Scored
+from dgemma.kernels import native
+from dgemma.kernels.packed import has_bfloat16
 from dgemma.model import DiffusionGemma
 from dgemma.quant import make_format
 from dgemma.quant.sites import install, weight_sites
 
 DENSE = {"num_experts": 0, "top_k_experts": 0, "expert_size": 0}
-BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no packed bfloat16 products on this CPU"
-))  # fmt: skip
+COMPILED = native.load()
+ABLE = has_bfloat16() or (COMPILED is not None and COMPILED.multiplies(torch.bfloat16, 2))
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not ABLE, reason="no bfloat16 products on this CPU"))
 WARM = EngineConfig(prefix_block=4, encode_chunk=12)
 LENGTHS = [1, WINDOW - 1, WINDOW, 12, 13, 3 * WINDOW, 25]
 LAYERS = tiny_config().layers[:2]  # a sliding and a full one

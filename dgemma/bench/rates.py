@@ -176,6 +176,10 @@ def _products(shape: Product, device: torch.device, dtype: torch.dtype) -> Itera
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, shape.rows)
         yield "oneDNN", lambda: _pointwise(x, weight), 1.0
         yield "oneDNN, prepacked", lambda: _pointwise(x, packed), 1.0
+    elif device.type == "cpu" and dtype is torch.bfloat16:
+        # The processor has no such product: what it can reach is that of floats.
+        wide, floats = x.float(), torch.ops.mkldnn._reorder_linear_weight(weight.float(), shape.rows)
+        yield "oneDNN, float32", lambda: _pointwise(wide, floats), 1.0
 
 
 def _cores(core: Core, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Call, float]]:

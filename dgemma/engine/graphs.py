@@ -182,7 +182,7 @@ class Graphs:
         """Take up to so many steps, no more than `graph_ahead` beyond the first canvas that is done; who is."""
         resident, seats = self._residents[kind], [self._seats[lane] for lane in lanes]
         rows = min(len(self._lanes), 1 << max(lanes).bit_length())
-        replay = self._replay(kind, slice(rows), max(seat.state.cache.length for seat in seats))
+        replay = self._replay(kind, slice(0, rows), max(seat.state.cache.length for seat in seats))
         looking: deque[_Watch] = deque()
         done: list[bool] = []
         while steps and not any(done) and all(seat.left > 0 for seat in seats):
@@ -210,7 +210,7 @@ class Graphs:
     def _replay(self, kind: _Kind, rows: slice, length: int, clean: int = 0) -> Replay:
         """The recording for `rows` and prefixes up to `length`; made when it is first asked for."""
         most = min(self._tokens, max(_SHORTEST, 1 << max(0, length - 1).bit_length()))
-        key = kind, rows.start or 0, rows.stop, most, clean
+        key = kind, rows.start, rows.stop, most, clean
         if key not in self._replays:
             resident = self._residents[kind]
             step = partial(resident.step, rows, most, clean)

@@ -37,7 +37,7 @@ extern "C" int products() {
     int found = 0;
 #ifdef PRODUCTS
     found |= 1;
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || !defined(__AVX512F__)
     found |= 2;
 #endif
 #ifdef __AVX512VNNI__

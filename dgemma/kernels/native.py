@@ -113,7 +113,8 @@ class Native:
         }
 
     def multiplies(self, dtype: torch.dtype, inputs: int) -> bool:
-        """Whether there are products of that type here. Floats need AVX2, bfloat16 and bytes AVX-512's extensions."""
+        """Whether there are products of that type here. They need AVX2; with AVX-512 bfloat16 also its
+        extension for that, bytes always."""
         return dtype in self._products and (dtype is not torch.bfloat16 or inputs % 2 == 0)
 
     def multiply(self, x: Tensor, panels: Tensor, outputs: int) -> Tensor:

@@ -1,5 +1,5 @@
-// Products of rows with a packed weight, for processors with AVX-512, or in float with AVX2. An output adds its terms in the
-// order of the inputs, whatever rows and columns stand beside it, so a row's bits never depend on the batch.
+// Products of rows with a packed weight, for processors with AVX-512 or AVX2. An output adds its terms in the order of the
+// inputs, whatever rows and columns stand beside it, so a row's bits never depend on the batch.
 //
 // A weight [out, in] is packed into panels of 32 outputs, panel by panel [in][32] float, or [in / 2][32][2] bfloat16, with
 // zeros for outputs that do not exist. A block of up to HEIGHT rows times one panel keeps its sums in registers.
@@ -53,18 +53,30 @@ static inline __m256i mask_of(int64_t cols) {
 }
 static inline void put(float *c, vec x, __m256i mask) { _mm256_maskstore_ps(c, mask, x); }
 static inline vec get(const float *c, __m256i mask) { return _mm256_maskload_ps(c, mask); }
-// Of bfloat16 there are none: the caller asks `products` first.
-static inline vec each(const char *, uint32_t) { return zeros(); }
-static inline vec take(const uint32_t *) { return zeros(); }
-static inline vec dot(vec sum, vec, vec, uint32_t) { return sum; }
-static inline void put(bf16 *, vec, __m256i) {}
-static inline vec get(const bf16 *, __m256i) { return zeros(); }
+// Two bfloat16 numbers in 32 bits: the upper one is a float as it stands, but for its last digits; the lower moves up.
+static inline vec each(const char *a, uint32_t) { return _mm256_castsi256_ps(_mm256_set1_epi32(*(const int *)a)); }
+static inline vec take(const uint32_t *b) { return _mm256_loadu_ps((const float *)b); }
+static inline vec lower(vec x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16)); }
+static inline vec upper(vec x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000))); }
+static inline vec dot(vec sum, vec x, vec b, uint32_t) {
+    return _mm256_fmadd_ps(upper(x), upper(b), _mm256_fmadd_ps(lower(x), lower(b), sum));
+}
+static inline void put(bf16 *c, vec x, __m256i mask) {
+    alignas(32) float numbers[8];
+    _mm256_store_ps(numbers, x);
+    int count = __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(mask)));
+    for (int i = 0; i < count; i++) c[i] = narrow<bf16>(numbers[i]);
+}
+static inline vec get(const bf16 *, __m256i) { return zeros(); } // sums go on in float only
 #endif
+
+template <class B> constexpr int PARTS = 1; // registers that the numbers of a vector take
+template <> constexpr int PARTS<uint32_t> = LANES == 16 ? 1 : 2;
 
 // R rows (of `lda` bytes) times `steps` of a panel; the first `cols` sums go to c, after what is there if they go `on`.
 template <int R, class B, class C>
 static inline void block(const char *a, int64_t lda, const B *b, int64_t steps, C *c, int64_t ldc, int64_t cols, bool on) {
-    constexpr int N = LANES == 16 || R > 2 ? 2 : 4; // vectors of a row; there are 16 registers with AVX2
+    constexpr int N = LANES == 16 || R * PARTS<B> > 2 ? 2 : 4; // vectors of a row; there are 16 registers with AVX2
     const char *base[5]; // of every third row: an address has room for twice a stride
     for (int64_t at = 0; at < cols; at += N * LANES, b += N * LANES, c += N * LANES) {
         vec sums[R][N];
@@ -123,7 +135,8 @@ static inline int64_t cols_of(int64_t n, int64_t p) { return n - p * WIDTH < WID
 // c [m, n] = a [m, k] times a packed weight. Long sums go on from block to block of steps, in the same order.
 template <class T> static void multiply(const T *a, int64_t m, const void *packed, int64_t n, int64_t k, T *c, int threads) {
     auto b = (const typename Panel<T>::step *)packed;
-    int64_t steps = k * sizeof(T) / 4, panels = (n + WIDTH - 1) / WIDTH, height = height_of(m), lda = k * sizeof(T);
+    int64_t steps = k * sizeof(T) / 4, panels = (n + WIDTH - 1) / WIDTH, lda = k * sizeof(T);
+    int64_t height = height_of(m);
     if (steps <= 1024 && lda % 2048) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t p = 0; p < panels; p++)
@@ -156,6 +169,48 @@ template <class T> static void multiply(const T *a, int64_t m, const void *packe
     for (int64_t i = 0; i < m * n; i++) c[i] = narrow<T>(sums[i]);
     std::free(sums);
 }
+
+#ifndef __AVX512F__
+// Many rows of bfloat16: each panel is widened once, and the same sums in the same order are taken of floats.
+static void multiply_widened(const bf16 *a, int64_t m, const uint32_t *b, int64_t n, int64_t k, bf16 *c, int threads) {
+    int64_t panels = (n + WIDTH - 1) / WIDTH, height = height_of(m), steps = k / 2;
+    int64_t lda = k + 16; // rows whose addresses share cache sets would push each other out
+    float *rows = (float *)std::malloc(m * lda * sizeof(float));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *panel = (float *)std::malloc((k + m) * WIDTH * sizeof(float)), *sums = panel + k * WIDTH;
+#pragma omp for
+        for (int64_t r = 0; r < m; r++)
+            for (int64_t i = 0; i < k; i++) rows[r * lda + i] = wide(a[r * k + i]);
+#pragma omp for
+        for (int64_t p = 0; p < panels; p++) {
+            for (int64_t i = 0; i < steps * WIDTH; i += LANES) {
+                vec both = take(b + p * steps * WIDTH + i);
+                float *to = panel + i / WIDTH * 2 * WIDTH + i % WIDTH;
+                _mm256_storeu_ps(to, lower(both)), _mm256_storeu_ps(to + WIDTH, upper(both));
+            }
+            for (int64_t i = 0; i < k; i += DEPTH)
+                for (int64_t r = 0; r < m; r += height)
+                    some(m - r < height ? m - r : height, (const char *)(rows + r * lda + i), lda * 4, (const float *)panel + i * WIDTH,
+                         k - i < DEPTH ? k - i : DEPTH, sums + r * WIDTH, WIDTH, WIDTH, i > 0);
+            for (int64_t r = 0; r < m; r++)
+                for (int64_t j = 0; j < cols_of(n, p); j++) c[r * n + p * WIDTH + j] = narrow<bf16>(sums[r * WIDTH + j]);
+        }
+        std::free(panel);
+    }
+    std::free(rows);
+}
+template <> void multiply(const bf16 *a, int64_t m, const void *packed, int64_t n, int64_t k, bf16 *c, int threads) {
+    auto b = (const uint32_t *)packed;
+    int64_t steps = k / 2, panels = (n + WIDTH - 1) / WIDTH, height = height_of(m, HEIGHT - 2); // more would spill registers
+    if (m >= 4 * HEIGHT) return multiply_widened(a, m, b, n, k, c, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t r = 0; r < m; r += height)
+            some(m - r < height ? m - r : height, (const char *)(a + r * k), k * 2, b + p * WIDTH * steps, steps, c + r * n + p * WIDTH, n,
+                 cols_of(n, p));
+}
+#endif
 
 #ifdef __AVX512VNNI__
 static inline __m512 sized(__m512i sum, const int32_t *zero, const float *scale, float step) {
