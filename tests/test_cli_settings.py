@@ -100,7 +100,7 @@ def test_faults_in_the_environment(environ: Mapping[str, str], told: str) -> Non
 
 
 def test_make_run_passes_its_prompt_on() -> None:
-    assert resolve({}, {"HOME": "/nowhere", "DGEMMA_PROMPT": "x"}) == Settings()
+    assert resolve({}, {"HOME": "/nowhere", "DGEMMA_PROMPT": "x", "DGEMMA_NATIVE": "0"}) == Settings()
 
 
 @pytest.mark.parametrize(
