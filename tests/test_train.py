@@ -20,6 +20,7 @@ from dgemma.engine.attend import DenoiseAttend, EncodeAttend
 from dgemma.errors import ConfigError, DataError
 from dgemma.kernels import reference
 from dgemma.model import DiffusionGemma
+from dgemma.train import loop
 from dgemma.train.attend import BlockAttend, Layout
 from dgemma.train.data.documents import Source
 from dgemma.train.data.mixture import Mixture, Phase
@@ -224,6 +225,16 @@ def test_curves_and_tensorboard(tmp_path: Path) -> None:
     np.testing.assert_allclose(values, [record["canvas"] for record in read_journal(tmp_path)], rtol=1e-5)
     with pytest.raises(DataError, match=r"is .*nothing the folder of a run"):
         plot_run(tmp_path / "nothing")
+
+
+def test_auto_computes_in_what_the_processor_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the checkpoint is in bfloat16 either way."""
+    monkeypatch.setattr(loop, "has_bfloat16", lambda: False)
+    kinds = {name: LoopConfig(steps=1, device="cpu", precision=name) for name in ("auto", "bf16", "fp32")}
+    assert [kind.dtype for kind in kinds.values()] == [torch.float32, torch.bfloat16, torch.float32]
+    assert [kind.stored for kind in kinds.values()] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    monkeypatch.setattr(loop, "has_bfloat16", lambda: True)
+    assert kinds["auto"].dtype is torch.bfloat16
 
 
 def test_unfit_loop_settings_are_refused() -> None:

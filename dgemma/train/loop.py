@@ -18,6 +18,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dgemma.errors import ConfigError, DataError
+from dgemma.kernels.packed import has_bfloat16
 from dgemma.model import DiffusionGemma
 from dgemma.train import state
 from dgemma.train.metrics import Journal, Record
@@ -44,14 +45,14 @@ class LoopConfig:
     """Length of a run and how it computes.
 
     A step is `accumulation` batches. `device` auto is a CUDA GPU if there is one. `precision` bf16 keeps bfloat16
-    weights beside float32 masters. `recompute` is activation checkpointing: a layer's activations are computed again
-    in the backward pass.
+    weights beside float32 masters; auto is that, but on CPUs that cannot multiply bfloat16. `recompute` is activation
+    checkpointing: a layer's activations are computed again in the backward pass.
     """
 
     steps: int
     accumulation: int = 1
     device: str = "auto"
-    precision: str = "bf16"
+    precision: str = "auto"
     recompute: bool = False
     seed: int = 0
     save_every: int = 50
@@ -66,8 +67,8 @@ class LoopConfig:
             raise ConfigError(f"loop.device must be auto, cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("loop.device is cuda, but torch sees no CUDA GPU here")
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigError(f"loop.precision must be bf16 or fp32, got {self.precision!r}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ConfigError(f"loop.precision must be auto, bf16 or fp32, got {self.precision!r}")
 
     @property
     def place(self) -> torch.device:
@@ -76,7 +77,14 @@ class LoopConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        """Of the weights in a pass."""
+        slow = self.precision == "auto" and self.place.type == "cpu" and not has_bfloat16()
+        return torch.float32 if slow else self.stored
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of the weights in the checkpoint that is made."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
 
 @dataclass

@@ -106,7 +106,7 @@ def _run(recipe: Recipe, folder: Path, report: Callable[[str], None], parallel: 
     after = measure(trained, held, recipe.objective) if held is not None else None
     files = {name: (start.folder / name).read_bytes() for name in TEXT_FILES if (start.folder / name).is_file()}
     trained.config = replace(trained.config, canvas_widths=_widths(recipe.data, trained.config))
-    path = save_checkpoint(folder / "model", trained, start.generation, extra_files=files, dtype=recipe.loop.dtype)
+    path = save_checkpoint(folder / "model", trained, start.generation, extra_files=files, dtype=recipe.loop.stored)
     plot_run(folder, title=folder.name)
     return Outcome(run, path, before, after)
 
