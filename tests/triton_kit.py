@@ -11,11 +11,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import triton_races
 from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    triton_races.watch()
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")

@@ -254,7 +254,8 @@ def _mix(
         mixed = tl.dot(part, weights, mixed * tl.exp(top - base)[:, None], input_precision="ieee")
         top = higher
     tl.store(place, mixed, mask=keep)
-    tl.store(top_of + number * step, top, mask=live)
+    if tl.program_id(1) == 0:
+        tl.store(top_of + number * step, top, mask=live)
 
 
 @triton.jit(do_not_specialize=_VARYING)
