@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself. A stamp says that it is there; the second call asks no network.
 PYTHON ?= python3
 PROMPT ?= Once upon a time
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,8 +27,9 @@ run: export DGEMMA_PROMPT := $(value PROMPT)
 run: $(RUN_READY) ## write a text: make run PROMPT="It was a dark night"
 	@$(BIN)/dgemma generate -- "$$DGEMMA_PROMPT"
 
-test: check ## lint, types and the test suite
-	@$(BIN)/python -m pytest
+# A file's tests stay in one process, so they share its fixtures.
+test: check ## lint, types and the test suite: make test JOBS=4
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 soak: $(DEV_READY) ## the long tests and scripts/soak_*.py
 	$(BIN)/python -m pytest -m soak

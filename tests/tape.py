@@ -7,7 +7,8 @@ results whose size depends on values, and tensors made of numbers of the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in WAITS or (name in ("index", "index_put", "index_put_") and bools(args)):
+        places = [place.type for place in (*args, *kwargs.values()) if isinstance(place, torch.device)]
+        home = places == ["cpu"] and any(tensor.is_cuda for tensor in tensors(args))
+        if name in WAITS or home or (name in ("index", "index_put", "index_put_") and bools(args)):
             raise AssertionError(f"{name} waits for the device")
         if name == "lift_fresh" and tensors(args)[0].dim():
             raise AssertionError("a tensor of the host's numbers cannot be part of a recording")
@@ -51,13 +54,21 @@ class Tape(TorchDispatchMode):
             self.ops.append((func, args, kwargs, [] if writes or empty else made))
         return out
 
+    def replay(self) -> None:
+        with torch.inference_mode():
+            for func, args, kwargs, made in self.ops:
+                out = func(*args, **kwargs)
+                for old, new in zip(made, tensors(out) if made else [], strict=True):
+                    old.copy_(new)
+
 
 def bools(args: Any) -> bool:
     return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors(args[1]))
 
 
-def tape(run: Callable[[], None]) -> Callable[[], None]:
-    """A `graphs.Record`."""
+@contextmanager
+def recording() -> Iterator[Tape]:
+    """All ops and launches of this thread."""
     kept = Tape()
     launch = None if GridExecutor is None else GridExecutor.__call__
 
@@ -71,17 +82,14 @@ def tape(run: Callable[[], None]) -> Callable[[], None]:
         GridExecutor.__call__ = taped
     try:
         with kept:
-            run()
+            yield kept
     finally:
         if GridExecutor is not None:
             GridExecutor.__call__ = launch
 
-    def replay() -> None:
-        with torch.inference_mode():
-            for func, args, kwargs, made in kept.ops:
-                out = func(*args, **kwargs)
-                for old, new in zip(made, tensors(out) if made else [], strict=True):
-                    old.copy_(new)
 
-    replay.ops = len(kept.ops)  # type: ignore[attr-defined]
-    return replay
+def tape(run: Callable[[], None]) -> Callable[[], None]:
+    """A `graphs.Record`."""
+    with recording() as kept:
+        run()
+    return kept.replay

@@ -88,7 +88,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, template: str | None = TE
     return folder
 
 
-def save_model(folder: Path, template: str | None = TEMPLATE, max_positions: int = 256) -> Path:
+def save_model(folder: Path, template: str | None = TEMPLATE, max_positions: int = 256, experts: int = 4) -> Path:
     """A complete checkpoint of 60 k random parameters; denoises 16 positions in milliseconds."""
     tokenizer = byte_level()
     config = ModelConfig(
@@ -100,9 +100,9 @@ def save_model(folder: Path, template: str | None = TEMPLATE, max_positions: int
             LayerConfig(kind="sliding", num_kv_heads=1, head_dim=16),
             LayerConfig(kind="full", num_kv_heads=1, head_dim=16),
         ),
-        num_experts=4,
-        top_k_experts=2,
-        expert_size=16,
+        num_experts=experts,
+        top_k_experts=min(2, experts),
+        expert_size=16 if experts else 0,
         sliding_window=8,
         canvas_length=16,
         max_positions=max_positions,

@@ -90,7 +90,8 @@ class CanvasBatch:
         # A pinned position is like padding: nothing is decided or measured there.
         valid = torch.arange(max(self.widths), device=self._device) < width[:, None]
         for row, canvas in enumerate(self.canvases):
-            valid[row, list(canvas.pins)] = False
+            if canvas.pins:  # a list of places waits for the device, an empty one, too
+                valid[row, list(canvas.pins)] = False
         return Rows(
             canvas=self._padded([canvas.ids for canvas in self.canvases]),
             valid=valid,

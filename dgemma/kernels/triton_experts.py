@@ -23,6 +23,7 @@ from torch import Tensor
 from dgemma.kernels import reference, tuning
 from dgemma.kernels.matrix import Matrix
 from dgemma.kernels.stacked import Kind, Stacked, stacked_of
+from dgemma.kernels.triton_norms import tracked
 from dgemma.kernels.triton_types import activated, interpreted, narrow, narrow_e4m3
 
 _SLOTS = 1024  # ids that a program of `_list_rows` reads at a time
@@ -67,8 +68,7 @@ def experts(
 ) -> Tensor:
     """`reference.experts`. Matrices that lie apart, and gradients, take the reference itself."""
     first, second = stacked_of(gate_up), stacked_of(down)
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights))
-    if first is None or second is None or tracked or first.codes.requires_grad:
+    if first is None or second is None or tracked(x, weights, first.codes, second.codes):
         return reference.experts(x, weights, ids, gate_up, down)
     tokens, top_k = ids.shape
     count, both, size = first.shape
