@@ -21,9 +21,11 @@ from dgemma.api import LLM, Generation
 from dgemma.bench import gpu_parts
 from dgemma.bench.gpu import FORMATS, GpuRun, GpuSettings
 from dgemma.bench.gpu_model import TINY
+from dgemma.checkpoint.quantize import quantize_checkpoint
 from dgemma.config import EngineConfig
 from dgemma.control.decide import choice
 from dgemma.kernels.triton_table import ROW
+from dgemma.quant import make_format
 
 REFERENCE = {op: getattr(kernels.reference, op) for op in ROW}
 TEXT = "Once upon a time"
@@ -126,14 +128,21 @@ def test_codes_in_the_cache(folder: Path, far: LLM) -> None:
     assert ask("cuda") == ask("cpu")
 
 
-def test_kernels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [None, "fp8", "int4wo", "int8dyn"])
+def test_kernels(kind: str | None, tmp_path: Path) -> None:
     """Experts, and Triton's kernels: two steps only, because random weights soon part on the last bits of a sum."""
     folder = save_model(tmp_path / "tiny")
+    if kind is not None:
+        quantize_checkpoint(folder, tmp_path / kind, make_format(kind))
+        folder = tmp_path / kind
 
-    def ask(device: str) -> Any:
-        return plain(LLM.load(folder, device=device, dtype="float32").generate(TEXT, max_new_tokens=8, steps=2))
+    def load(device: str) -> LLM:
+        return LLM.load(folder, device=device, dtype="float32")
 
-    assert ask("cuda") == ask("cpu")
+    far = load("cuda")
+    got, expected = (plain(llm.generate(TEXT, max_new_tokens=8, steps=2)) for llm in (far, load("cpu")))
+    assert got == expected
+    assert (far.engine.graphs is None) if kind == "int8dyn" else far.engine.graphs.replayed  # type: ignore[union-attr]
 
 
 @pytest.mark.soak

@@ -16,6 +16,7 @@ from dgemma.model.attention import Attend
 from dgemma.model.backbone import Stack
 from dgemma.model.device import DeviceStack
 from dgemma.model.fast import FastStack
+from dgemma.model.moe import Experts
 
 _FAST = (torch.float32, torch.bfloat16)
 
@@ -97,7 +98,8 @@ class Runner:
         self._head = plain if fast is None else fast.head
         self.invariant = "middle" not in row
         """Whether a row's bits hang on nothing but itself; a product of a device may add in another order for more."""
-        self.records = self.device.type == "cuda" and not self.invariant
+        apart = any(isinstance(module, Experts) and not module.stacked for module in model.modules())
+        self.records = self.device.type == "cuda" and not self.invariant and not apart
         """Whether a `step` is launches only, which a device can record."""
 
     @torch.inference_mode()

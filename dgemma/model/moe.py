@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dgemma import kernels
 from dgemma.config import ModelConfig
 from dgemma.kernels.matrix import Matrix
+from dgemma.kernels.stacked import stacked_of
 from dgemma.model.layers import Linear
 
 
@@ -37,6 +38,11 @@ class Experts(nn.Module):
         count, inner, size = config.num_experts, config.expert_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, size))
         self.down_proj = nn.Parameter(torch.empty(count, size, inner))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all matrices of a kind lie together: then no pass has to ask how many rows each expert has."""
+        return self.matrices is None or all(stacked_of(matrices) is not None for matrices in self.matrices)
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         gate_up, down = self.matrices or (self.gate_up_proj, self.down_proj)
