@@ -224,7 +224,7 @@ def pretended() -> Iterator[None]:
 
     def made(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
         """torch does this beside all modes."""
-        return tensor(data, **kwargs).to(device or "cpu")
+        return tensor(data, device="cpu", **kwargs).to(device or torch.get_default_device())
 
     def taken(data: Any, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         if not isinstance(data, torch.Tensor):
