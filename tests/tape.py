@@ -21,6 +21,7 @@ except ImportError:
     GridExecutor = None
 
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique_dim", "_unique2"}
+COPIES = {"copy_", "_to_copy", "to"}
 
 
 def tensors(*values: Any) -> list[torch.Tensor]:
@@ -37,9 +38,9 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        places = [place.type for place in (*args, *kwargs.values()) if isinstance(place, torch.device)]
-        home = places == ["cpu"] and any(tensor.is_cuda for tensor in tensors(args))
-        if name in WAITS or home or (name in ("index", "index_put", "index_put_") and bools(args)):
+        places = {place.type for place in (*args, *kwargs.values()) if isinstance(place, torch.device)}
+        places |= {tensor.device.type for tensor in tensors(args, kwargs) if tensor.dim() or name in COPIES}
+        if name in WAITS or len(places) > 1 or (name in ("index", "index_put", "index_put_") and bools(args)):
             raise AssertionError(f"{name} waits for the device")
         if name == "lift_fresh" and tensors(args)[0].dim():
             raise AssertionError("a tensor of the host's numbers cannot be part of a recording")

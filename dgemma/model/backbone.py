@@ -124,7 +124,7 @@ class DiffusionGemma(nn.Module):
         if self.canvas_embed is not None:
             assert places is not None
             x = x + self.canvas_embed[places]
-        soft = None if soft is None else soft * self.embed.scale.to(soft.device)
+        soft = None if soft is None else soft * self.embed.scale
         out: Tensor = self.self_conditioning(x, soft) if stack is None else stack.condition(x, soft)
         return out
 

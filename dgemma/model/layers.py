@@ -54,7 +54,7 @@ class Embedding(nn.Embedding):
         return torch.tensor(self.embedding_dim**0.5).to(self.weight.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids) * self.scale.to(self.weight.device)
+        return super().forward(ids) * self.scale  # a number of the host: a recorded step may not copy it
 
 
 class GatedMLP(nn.Module):
